@@ -1,0 +1,638 @@
+"""What a matrix can be: the one interface that formats implement and every job is written against."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import BudgetError, IsogridError
+from isogrid.fitting import Metric, descend, squared_norm
+
+Role = Literal["weight", "gain", "structure", "index", "code"]
+TRAINABLE: frozenset[str] = frozenset({"weight", "gain", "structure"})
+Factors = dict[str, Tensor]
+T = TypeVar("T")
+OnStep = Callable[[int, float], None]
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What one tensor of a format is.
+
+    Attributes:
+        shape: its sizes.
+        dtype: None for the layer's floating dtype; an integer dtype for indices and codes.
+        role: "weight", "gain" and "structure" are trained (the last two without decay); "index" and "code" are
+            buffers that ``.to(dtype)`` leaves alone.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    role: Role = "weight"
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it becomes a parameter."""
+        return self.role in TRAINABLE
+
+
+@dataclass(frozen=True)
+class Component:
+    """One dense stage of a product: what initialisation and learning rates need to know (Qiu et al. 2024, section 3).
+
+    Attributes:
+        factor: name of the factor that holds it.
+        fan_in: inputs of one of its blocks.
+        fan_out: outputs of one of its blocks.
+        outputs: outputs of all its blocks together.
+    """
+
+    factor: str
+    fan_in: int
+    fan_out: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a format's own fit guarantees; every declared trait is proven by the test suite.
+
+    Attributes:
+        exact_on_members: the fit of a matrix inside the format is that matrix.
+        optimal: without a metric the fit is the global minimum.
+        optimal_under_metric: with any metric the fit is the global minimum.
+        monotone_in_budget: a larger budget never gives a larger error.
+        linear_in_factors: the matrix is linear in each weight factor alone.
+    """
+
+    exact_on_members: bool = False
+    optimal: bool = False
+    optimal_under_metric: bool = False
+    monotone_in_budget: bool = False
+    linear_in_factors: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a matrix in a format costs. Costs add.
+
+    Attributes:
+        parameters: trained numbers.
+        multiply_adds: per row of input.
+        bits: everything stored, codes, indices and scales included.
+    """
+
+    parameters: int
+    multiply_adds: int
+    bits: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters, self.multiply_adds + other.multiply_adds, self.bits + other.bits
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes, rounded up."""
+        return -(-self.bits // 8)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much one matrix may cost: parameters or bytes, exactly one of them.
+
+    Attributes:
+        parameters: most trained numbers.
+        bytes: most stored bytes, for factors of ``dtype``.
+        dtype: floating dtype the bytes are counted for.
+    """
+
+    parameters: int | None = None
+    bytes: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        given = [limit for limit in (self.parameters, self.bytes) if limit is not None]
+        if len(given) != 1:
+            raise IsogridError("a budget is in parameters or in bytes: give exactly one of them")
+        if given[0] < 0:
+            raise IsogridError(f"a budget is not negative, got {given[0]}")
+
+    @classmethod
+    def keep(cls, fraction: float, out_features: int, in_features: int) -> Budget:
+        """The budget of a fraction in (0, 1] of the dense matrix's parameters, rounded down."""
+        if not 0 < fraction <= 1:
+            raise IsogridError(f"keep is a fraction of the dense parameters in (0, 1], got {fraction}")
+        # 0.1 · 70 is 7.000000000000001 in binary: a hair of slack keeps exact fractions exact, both ways.
+        return cls(parameters=math.floor(fraction * out_features * in_features * (1 + 1e-12)))
+
+    def allows(self, cost: Cost) -> bool:
+        """Whether a cost stays within the budget."""
+        if self.parameters is not None:
+            return cost.parameters <= self.parameters
+        assert self.bytes is not None
+        return cost.bytes <= self.bytes
+
+    def amount(self, cost: Cost) -> int:
+        """The part of a cost that this budget counts."""
+        return cost.parameters if self.parameters is not None else cost.bytes
+
+    def split(self, shares: int) -> list[Budget]:
+        """Equal parts of the budget."""
+        limit = self.parameters if self.parameters is not None else self.bytes
+        assert limit is not None
+        return [self._with(limit // shares)] * shares
+
+    def minus(self, cost: Cost) -> Budget:
+        """What is left after a cost, never below zero."""
+        limit = self.parameters if self.parameters is not None else self.bytes
+        assert limit is not None
+        return self._with(max(limit - self.amount(cost), 0))
+
+    def minus_budget(self, other: Budget) -> Budget:
+        """What is left after another budget of the same unit is set aside, never below zero."""
+        mine = self.parameters if self.parameters is not None else self.bytes
+        theirs = other.parameters if self.parameters is not None else other.bytes
+        assert mine is not None
+        assert theirs is not None
+        return self._with(max(mine - theirs, 0))
+
+    def _with(self, limit: int) -> Budget:
+        if self.parameters is not None:
+            return Budget(parameters=limit)
+        return Budget(bytes=limit, dtype=self.dtype)
+
+    def __str__(self) -> str:
+        return f"{self.parameters} parameters" if self.parameters is not None else f"{self.bytes} bytes"
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A way to write a matrix, with its hyper-parameters; frozen, knows no shape, JSON-able.
+
+    A subclass is a frozen dataclass with a class attribute ``name``, under which it is registered. It must say what
+    its factors are (`factors`) and how they multiply (`multiply`); everything else has a default. Hyper-parameters are
+    exactly what `factors` needs beside the two sizes.
+    """
+
+    name: ClassVar[str]
+    traits: ClassVar[Traits] = Traits()
+    size_field: ClassVar[str | None] = None
+    """The integer hyper-parameter that a budget moves; larger costs more."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            known = _REGISTRY.get(cls.name)
+            if known is not None and known.__qualname__ != cls.__qualname__:
+                raise IsogridError(f"a format named {cls.name!r} exists: {known.__module__}.{known.__qualname__}")
+            _REGISTRY[cls.name] = cls
+
+    # ---- what a format must say --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
+        """The tensors of an ``(out, in)`` matrix, by name, in order.
+
+        Raises:
+            IsogridError: the hyper-parameters don't suit the sizes.
+        """
+
+    @abstractmethod
+    def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """``x (..., in) -> (..., out)``, differentiable in x and the trainable factors."""
+
+    # ---- what has a default ------------------------------------------------------------------------------------
+
+    def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """The ``(out, in)`` matrix the factors stand for, differentiable."""
+        like = next(value for value in factors.values() if value.is_floating_point())
+        identity = torch.eye(in_features, dtype=like.dtype, device=like.device)
+        return self.multiply(factors, identity, out_features).mT
+
+    def components(self, out_features: int, in_features: int) -> list[Component]:
+        """The dense stages of the product, in order. Default: every weight factor ``(..., fan_out, fan_in)``."""
+        return [
+            Component(name, factor.shape[-1], factor.shape[-2], factor.numel // factor.shape[-1])
+            for name, factor in self.factors(out_features, in_features).items()
+            if factor.role == "weight" and len(factor.shape) >= 2 and factor.numel
+        ]
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        factors: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Fill the factors in place for training from scratch.
+
+        Weights are Gaussian with standard deviation ``sqrt(min(fan_in, fan_out)) / fan_in`` per component (Qiu et al.
+        2024, section 3.2); gains are one, structure and codes zero, indices count up.
+        """
+        stages = {component.factor: component for component in self.components(out_features, in_features)}
+        for name, factor in self.factors(out_features, in_features).items():
+            value = factors[name]
+            if factor.role == "index":
+                value.copy_(torch.arange(value.numel(), device=value.device).view(value.shape))
+            elif factor.role == "gain":
+                value.fill_(1)
+            elif factor.role == "weight":
+                stage = stages.get(name)
+                fan_in, fan_out = (stage.fan_in, stage.fan_out) if stage else (factor.numel, factor.numel)
+                std = math.sqrt(max(min(fan_in, fan_out), 1)) / max(fan_in, 1)
+                normal_(value, std, generator)
+            else:
+                value.zero_()
+
+    def fit(
+        self,
+        target: Tensor,
+        metric: Metric | None = None,
+        *,
+        solver: str = "default",
+        start: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> Factors:
+        """Choose factors so that ``||(target - dense) M^½||_F`` is small.
+
+        Args:
+            target: ``(out, in)``, any floating dtype; the factors come back in it. Solved in float64.
+            metric: metric of the ``in`` inputs; None is the identity.
+            solver: one of the format's solvers.
+            start: factors to improve, for iterative solvers.
+            generator: source of randomness; without one a fixed seed is used, so equal input gives equal output.
+            on_step: called with (iteration, objective) by iterative solvers.
+            options: the solver's own.
+
+        Raises:
+            IsogridError: target not a finite floating matrix, metric of another size, unknown solver.
+        """
+        if target.ndim != 2 or not target.is_floating_point():
+            raise IsogridError(f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}")
+        if not torch.isfinite(target).all():
+            count = int((~torch.isfinite(target)).sum())
+            raise IsogridError(f"the target has {count} NaN or infinite entries; repair the weight before fitting it")
+        if metric is not None and metric.in_features != target.shape[1]:
+            raise IsogridError(f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}")
+        if generator is None:
+            generator = torch.Generator().manual_seed(0)
+        specs = self.factors(*target.shape)
+        with torch.no_grad():
+            wide = target.detach().to(torch.float64)
+            on_device = None if metric is None else metric.to(target.device)
+            begin = None
+            if start is not None:
+                check_factors(self, start, *target.shape)
+                begin = {
+                    name: value.detach().to(torch.float64) if specs[name].dtype is None else value.detach()
+                    for name, value in start.items()
+                }
+            found = self.solve(
+                wide, on_device, solver=solver, start=begin, generator=generator, on_step=on_step, **options
+            )
+        out = {
+            name: found[name].to(spec.dtype or target.dtype).contiguous() for name, spec in specs.items()
+        }
+        check_factors(self, out, *target.shape)
+        return out
+
+    def solve(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        *,
+        solver: str,
+        start: Factors | None,
+        generator: torch.Generator,
+        on_step: OnStep | None,
+        **options: Any,
+    ) -> Factors:
+        """The format's own fit, on a checked float64 target. Default: quasi-Newton descent from a random start.
+
+        Options of the default: ``steps`` (200), ``restarts`` (1; the best is kept).
+        """
+        require_solver(self, solver, ("default", "descent"))
+        out_features, in_features = target.shape
+        specs = self.factors(out_features, in_features)
+        trainable = {name for name, spec in specs.items() if spec.trainable}
+        restarts = options.pop("restarts", 1)
+        best: Factors = {}
+        best_error = math.inf
+        for _ in range(1 if start is not None else restarts):
+            begin = start
+            if begin is None:
+                begin = new_factors(self, out_features, in_features, dtype=torch.float64, device=target.device)
+                self.initialize(begin, out_features, in_features, generator)
+                _scale_to(self, begin, target)
+            found = descend(
+                lambda factors, x: self.multiply(factors, x, out_features),
+                begin,
+                trainable,
+                target,
+                metric,
+                on_step=on_step,
+                **options,
+            )
+            error = squared_norm(target - self.dense(found, out_features, in_features), metric)
+            if error < best_error or not best:
+                best, best_error = found, error
+        return best
+
+    def deploy(
+        self, factors: Mapping[str, Tensor], out_features: int, in_features: int
+    ) -> tuple[Format, dict[str, Tensor]]:
+        """The inference form of the factors, with its format. Default: itself."""
+        return self, dict(factors)
+
+    def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
+        """What an ``(out, in)`` matrix costs when floating factors are stored in ``dtype``.
+
+        Default multiply-adds: one per weight, as in every product of dense stages without shared weights.
+        """
+        specs = self.factors(out_features, in_features).values()
+        return Cost(
+            parameters=sum(spec.numel for spec in specs if spec.trainable),
+            multiply_adds=sum(spec.numel for spec in specs if spec.role in ("weight", "gain")),
+            bits=sum(spec.numel * (spec.dtype or dtype).itemsize * 8 for spec in specs),
+        )
+
+    def size_limit(self, out_features: int, in_features: int) -> int:
+        """Largest useful value of ``size_field``: beyond it the class of matrices no longer grows."""
+        return min(out_features, in_features)
+
+    def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
+        """The largest member within a budget that keeps the other hyper-parameters.
+
+        Raises:
+            BudgetError: even the smallest member is too large; the message names its size.
+        """
+        if self.size_field is None:
+            cost = self.cost(out_features, in_features, budget.dtype)
+            if budget.allows(cost):
+                return self
+            raise BudgetError(self._too_small(out_features, in_features, budget, cost))
+        low, high = 1, max(self.size_limit(out_features, in_features), 1)
+        smallest = self._with_size(low)
+        cost = smallest.cost(out_features, in_features, budget.dtype)
+        if not budget.allows(cost):
+            raise BudgetError(self._too_small(out_features, in_features, budget, cost))
+        while low < high:  # cost grows with the size: bisection
+            middle = (low + high + 1) // 2
+            if budget.allows(self._with_size(middle).cost(out_features, in_features, budget.dtype)):
+                low = middle
+            else:
+                high = middle - 1
+        return self._with_size(low)
+
+    def candidates(self, out_features: int, in_features: int, budget: Budget) -> Iterable[Self]:
+        """What an automatic choice may try within a budget. Default: the one `sized` member, if there is one."""
+        try:
+            yield self.sized(out_features, in_features, budget)
+        except BudgetError:
+            return
+
+    # ---- spelling ----------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able description, read back by `format_from_dict`."""
+        return {"name": self.name} | {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def label(self) -> str:
+        """Short name for tables: ``monarch(blocks=4, rank=36)``; defaults are left out."""
+        parts = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                parts.append(value.label() if isinstance(value, Format) else f"{f.name}={_label(value)}")
+        return f"{self.name}({', '.join(parts)})" if parts else self.name
+
+    def _with_size(self, size: int) -> Self:
+        assert self.size_field is not None
+        changes: dict[str, Any] = {self.size_field: size}
+        return dataclasses.replace(self, **changes)
+
+    def _too_small(self, out_features: int, in_features: int, budget: Budget, cost: Cost) -> str:
+        share = cost.parameters / (out_features * in_features)
+        return (
+            f"{self.label()}: the smallest {out_features} x {in_features} member takes {budget.amount(cost)} of the "
+            f"{budget} allowed; keep at least {math.ceil(share * 1000) / 1000:g} of this matrix or choose another format"
+        )
+
+
+_REGISTRY: dict[str, type[Format]] = {}
+
+
+def registered() -> dict[str, type[Format]]:
+    """All known formats by name, in order of registration."""
+    return dict(_REGISTRY)
+
+
+def format_class(name: str) -> type[Format]:
+    """The format registered under a name.
+
+    Raises:
+        IsogridError: unknown name; the message suggests near ones.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), _REGISTRY, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(_REGISTRY)}"
+    raise IsogridError(f"unknown format {name!r}; {hint}")
+
+
+def format_from_dict(description: Mapping[str, Any]) -> Format:
+    """The format that `Format.to_dict` described.
+
+    Raises:
+        IsogridError: unknown name or hyper-parameter.
+    """
+    if not isinstance(description, Mapping) or not isinstance(description.get("name"), str):
+        raise IsogridError(f"a format is described by a JSON object with a name, got {description!r}")
+    cls = format_class(description["name"])
+    known = {f.name for f in dataclasses.fields(cls)}
+    given = {key: _from_json(value) for key, value in description.items() if key != "name"}
+    unknown = sorted(given.keys() - known)
+    if unknown:
+        raise IsogridError(f"format {cls.name!r} has no {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'nothing'}")
+    return cls(**given)
+
+
+def as_format(value: Format | str | Mapping[str, Any]) -> Format:
+    """A format from itself, from ``"monarch"`` or ``"monarch(blocks=8)"``, or from its description.
+
+    Raises:
+        IsogridError: not a format; the message says what is wrong.
+    """
+    if isinstance(value, Format):
+        return value
+    if isinstance(value, Mapping):
+        return format_from_dict(value)
+    if not isinstance(value, str):
+        raise IsogridError(f"a format is a Format, a name or a description, got {type(value).__name__}")
+    head, bracket, rest = value.strip().partition("(")
+    description: dict[str, Any] = {"name": head.strip()}
+    if bracket:
+        if not rest.endswith(")"):
+            raise IsogridError(f"format {value!r}: the closing bracket is missing; write name(key=value, …)")
+        for part in filter(None, (piece.strip() for piece in rest[:-1].split(","))):
+            key, equals, text = part.partition("=")
+            if not equals:
+                raise IsogridError(f"format {value!r}: {part!r} is not key=value")
+            try:
+                description[key.strip()] = json.loads(text)
+            except json.JSONDecodeError:
+                description[key.strip()] = text.strip().strip("'\"")
+    return format_from_dict(description)
+
+
+# ---- factors -------------------------------------------------------------------------------------------------------
+
+
+def new_factors(
+    fmt: Format,
+    out_features: int,
+    in_features: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> Factors:
+    """Uninitialised tensors for all factors of an ``(out, in)`` matrix."""
+    return {
+        name: torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
+        for name, spec in fmt.factors(out_features, in_features).items()
+    }
+
+
+def check_factors(fmt: Format, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+    """Raise IsogridError unless the factors have the format's names and shapes for these sizes."""
+    specs = fmt.factors(out_features, in_features)
+    if factors.keys() != specs.keys():
+        raise IsogridError(f"{fmt.label()}: factors are {sorted(specs)}, got {sorted(factors)}")
+    for name, spec in specs.items():
+        if tuple(factors[name].shape) != spec.shape:
+            raise IsogridError(
+                f"{fmt.label()}: factor {name!r} of a {out_features} x {in_features} matrix has shape {spec.shape}, "
+                f"got {tuple(factors[name].shape)}"
+            )
+
+
+def prefixed(prefix: str, factors: Mapping[str, T]) -> dict[str, T]:
+    """Factors of a part under the names they have in the whole."""
+    return {prefix + name: value for name, value in factors.items()}
+
+
+def unprefixed(prefix: str, factors: Mapping[str, T]) -> dict[str, T]:
+    """The factors of one part, under the names the part knows."""
+    return {name.removeprefix(prefix): value for name, value in factors.items() if name.startswith(prefix)}
+
+
+def require_solver(fmt: Format, solver: str, known: Sequence[str]) -> None:
+    """Raise IsogridError unless the solver is one of the known."""
+    if solver not in known:
+        raise IsogridError(f"{fmt.name} has no solver {solver!r}; it has: {', '.join(known)}")
+
+
+def require_rank(fmt: Format, rank: int | None, limit: int | None = None) -> int:
+    """A given rank; raises IsogridError when it is missing, below 1 or above the limit."""
+    if rank is None:
+        raise IsogridError(f"{fmt.name} has no rank yet: give rank=… or call .sized(out, in, budget)")
+    if rank < 1 or (limit is not None and rank > limit):
+        raise IsogridError(f"{fmt.name}: rank {rank} is not in 1 … {limit if limit is not None else '∞'}")
+    return rank
+
+
+def pad_features(x: Tensor, features: int) -> Tensor:
+    """Zeros appended to the last axis up to ``features``; itself when nothing is missing. Never truncates."""
+    missing = features - x.shape[-1]
+    if missing < 0:
+        raise IsogridError(f"input has {x.shape[-1]} features, at most {features} are expected")
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def pad_matrix(target: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Zero rows and columns appended to a matrix up to the given sizes."""
+    return torch.nn.functional.pad(
+        target, (0, in_features - target.shape[1], 0, out_features - target.shape[0])
+    )
+
+
+def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> None:
+    """Fill with Gaussian numbers drawn in float32 where the generator lives: same seed, same numbers on any device."""
+    device = generator.device if generator is not None else "cpu"
+    drawn = torch.randn(value.shape, generator=generator, device=device, dtype=torch.float32)
+    value.copy_(drawn * std)
+
+
+def _scale_to(fmt: Format, factors: Factors, target: Tensor) -> None:
+    """Scale the first weight factor so that the matrix has the target's norm: descent then starts at the right size."""
+    specs = fmt.factors(*target.shape)
+    norm = fmt.dense(factors, *target.shape).norm()
+    weights = [name for name, spec in specs.items() if spec.role == "weight"]
+    if weights and norm > 0 and target.norm() > 0:
+        factor = (target.norm() / norm) ** (1 / len(weights))
+        for name in weights:
+            factors[name] = factors[name] * factor
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Format):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_to_json(item) for item in value]
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, Mapping) and "name" in value:
+        return format_from_dict(value)
+    if isinstance(value, list):
+        return tuple(_from_json(item) for item in value)
+    return value
+
+
+def _label(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_label(item) for item in value) + "]"
+    return value.label() if isinstance(value, Format) else str(value)
+
+
+__all__ = [
+    "Budget",
+    "Component",
+    "Cost",
+    "Factor",
+    "Factors",
+    "Format",
+    "Traits",
+    "as_format",
+    "check_factors",
+    "format_class",
+    "format_from_dict",
+    "new_factors",
+    "normal_",
+    "pad_features",
+    "pad_matrix",
+    "prefixed",
+    "registered",
+    "require_rank",
+    "require_solver",
+    "unprefixed",
+]

@@ -1,0 +1,173 @@
+"""Block Tensor-Train with two cores: a grid of contiguous blocks, each with its own low-rank factorisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import IsogridError
+from isogrid.fitting import Metric, fit_slices, project_slices
+from isogrid.formats.base import (
+    Component,
+    Factor,
+    Factors,
+    Format,
+    OnStep,
+    Traits,
+    pad_features,
+    pad_matrix,
+    require_rank,
+    require_solver,
+)
+from isogrid.kernels import two_stage
+
+# A pair of sides more skewed than this is avoided by padding the size up to the next one that has a better pair.
+WORST_SKEW = 4
+
+
+@dataclass(frozen=True)
+class BlockTensorTrain(Format):
+    """``W[(i0, i1), (j1, j0)] = Σ_s left[i0, (j1, s), i1] · right[j1, j0, (i0, s)]`` (Qiu et al. 2024).
+
+    The matrix is cut into n0 x m1 contiguous blocks of n1 x m0, each of rank ``rank``. With sides near the square
+    root that is about 2 · rank · d^1.5 parameters for a d x d matrix: the format for very small budgets on wide layers.
+
+    Attributes:
+        rank: rank of every block.
+        factorization: how a size is split: "balanced" (the divisor pair nearest the root, padding sizes that have
+            only skewed pairs) or "greedy" (the published rule: prime factors dealt to the smaller side).
+        out_factors: (n0, n1) instead of the rule; a product above the number of outputs means padding.
+        in_factors: (m1, m0) instead of the rule.
+    """
+
+    rank: int = 1
+    factorization: str = "balanced"
+    out_factors: tuple[int, int] | None = None
+    in_factors: tuple[int, int] | None = None
+
+    name: ClassVar[str] = "block_tensor_train"
+    size_field: ClassVar[str] = "rank"
+    traits: ClassVar[Traits] = Traits(
+        exact_on_members=True, optimal=True, monotone_in_budget=True, linear_in_factors=True
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int):
+            raise IsogridError(f"block_tensor_train: rank is a positive integer, got {self.rank!r}")
+        require_rank(self, self.rank)
+        if self.factorization not in ("balanced", "greedy"):
+            raise IsogridError(
+                f"block_tensor_train: factorization is 'balanced' or 'greedy', got {self.factorization!r}"
+            )
+        for key in ("out_factors", "in_factors"):
+            pair = getattr(self, key)
+            if pair is None:
+                continue
+            if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+                raise IsogridError(f"block_tensor_train: {key} is a pair of positive integers, got {pair!r}")
+            object.__setattr__(self, key, tuple(pair))
+
+    def grid(self, out_features: int, in_features: int) -> tuple[int, int, int, int]:
+        """(n0, n1, m1, m0): n0 x m1 blocks of n1 x m0."""
+        n0, n1 = self._pair("out_factors", out_features)
+        m1, m0 = self._pair("in_factors", in_features)
+        return n0, n1, m1, m0
+
+    def _pair(self, key: str, features: int) -> tuple[int, int]:
+        given: tuple[int, int] | None = getattr(self, key)
+        if given is not None:
+            if math.prod(given) < features:
+                raise IsogridError(f"block_tensor_train: {key} {given} hold {math.prod(given)} of {features} features")
+            return given
+        if self.factorization == "greedy":
+            small, large = greedy_pair(features)
+        else:
+            small, large = balanced_pair(features)
+        return (small, large) if key == "out_factors" else (large, small)
+
+    def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
+        """``right (m1, m0, n0 · rank)``, ``left (n0, m1 · rank, n1)``."""
+        n0, n1, m1, m0 = self.grid(out_features, in_features)
+        return {
+            "right": Factor((m1, m0, n0 * self.rank)),
+            "left": Factor((n0, m1 * self.rank, n1)),
+        }
+
+    def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """Blocked product, stride permutation, blocked product."""
+        right, left = factors["right"], factors["left"]
+        m1, m0, _ = right.shape
+        n0 = left.shape[0]
+        x = pad_features(x, m1 * m0)
+        # (i0, s) -> (s, i0): then the hidden units are dealt out with stride n0 and no intermediate is copied.
+        first = right.view(m1, m0, n0, self.rank).permute(0, 3, 2, 1).reshape(m1, self.rank * n0, m0)
+        return two_stage(x, first, left.mT, interleave=False)[..., :out_features]
+
+    def components(self, out_features: int, in_features: int) -> list[Component]:
+        """``right``, then ``left``."""
+        n0, n1, m1, m0 = self.grid(out_features, in_features)
+        return [
+            Component("right", m0, n0 * self.rank, m1 * n0 * self.rank),
+            Component("left", m1 * self.rank, n1, n0 * n1),
+        ]
+
+    def size_limit(self, out_features: int, in_features: int) -> int:
+        """The smaller side of a block: there every matrix is a member."""
+        _, n1, _, m0 = self.grid(out_features, in_features)
+        return min(n1, m0)
+
+    def solve(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        *,
+        solver: str,
+        on_step: OnStep | None,
+        sweeps: int = 4,
+        **options: Any,
+    ) -> Factors:
+        """One SVD per block without a metric (global optimum); exact block descent over the blocks under one.
+
+        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (4).
+        """
+        require_solver(self, solver, ("default", "projection"))
+        n0, n1, m1, m0 = self.grid(*target.shape)
+        padded = pad_matrix(target, n0 * n1, m1 * m0)
+        blocks = padded.view(n0, n1, m1, m0).transpose(1, 2)  # (n0, m1, n1, m0)
+        ranks = torch.full((n0, m1), self.rank, device=target.device)
+        if metric is None or solver == "projection":
+            left, right = project_slices(blocks, ranks)
+        else:
+            left, right = fit_slices(blocks, ranks, metric.padded(m1 * m0), sweeps=sweeps, on_step=on_step)
+        return {
+            "right": right.permute(1, 3, 0, 2).reshape(m1, m0, n0 * self.rank),
+            "left": left.transpose(2, 3).reshape(n0, m1 * self.rank, n1),
+        }
+
+
+def balanced_pair(n: int) -> tuple[int, int]:
+    """(small, large): the divisor pair nearest the root of the smallest size from n up whose sides differ at most 4-fold."""
+    while True:
+        small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+        if n // small <= WORST_SKEW * small:
+            return small, n // small
+        n += 1
+
+
+def greedy_pair(n: int) -> tuple[int, int]:
+    """(small, large): prime factors in ascending order, each to the smaller product (the reference's rule)."""
+    products = [1, 1]
+    divisor = 2
+    while n > 1:
+        if divisor * divisor > n:
+            divisor = n
+        while n % divisor == 0:
+            products[products.index(min(products))] *= divisor
+            n //= divisor
+        divisor += 1
+    return min(products), max(products)

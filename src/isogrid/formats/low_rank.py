@@ -1,0 +1,68 @@
+"""Low rank: W = left · right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from isogrid.fitting import Metric, low_rank
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+
+
+@dataclass(frozen=True)
+class LowRank(Format):
+    """``W = left · right`` with ``left (out, rank)``, ``right (rank, in)``: rank · (out + in) parameters.
+
+    The format for matrices whose (whitened) spectrum falls fast. Above ``rank = out · in / (out + in)`` it is larger
+    than the dense matrix; `LowRankLight` writes the same matrices without that waste.
+
+    Attributes:
+        rank: number of columns of ``left``; None until `sized`.
+    """
+
+    rank: int | None = None
+
+    name: ClassVar[str] = "low_rank"
+    size_field: ClassVar[str] = "rank"
+    traits: ClassVar[Traits] = Traits(
+        exact_on_members=True,
+        optimal=True,
+        optimal_under_metric=True,
+        monotone_in_budget=True,
+        linear_in_factors=True,
+    )
+
+    def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
+        """``right (rank, in)``, ``left (out, rank)``."""
+        rank = require_rank(self, self.rank, min(out_features, in_features))
+        return {"right": Factor((rank, in_features)), "left": Factor((out_features, rank))}
+
+    def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """Two products; the intermediate has ``rank`` features."""
+        hidden = torch.nn.functional.linear(x, factors["right"])  # (..., rank)
+        return torch.nn.functional.linear(hidden, factors["left"])
+
+    def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """``left · right``."""
+        return factors["left"] @ factors["right"]
+
+    def components(self, out_features: int, in_features: int) -> list[Component]:
+        """``right``, then ``left``."""
+        rank = require_rank(self, self.rank)
+        return [Component("right", in_features, rank, rank), Component("left", rank, out_features, out_features)]
+
+    def solve(
+        self, target: Tensor, metric: Metric | None, *, solver: str, generator: torch.Generator, **options: Any
+    ) -> Factors:
+        """Whitened truncated SVD, the global minimum (Eckart-Young under the metric's root).
+
+        Solvers: default, svd, gram, randomized (see `isogrid.fitting.leading_left`).
+        """
+        require_solver(self, solver, ("default", "svd", "gram", "randomized"))
+        rank = require_rank(self, self.rank)
+        left, right = low_rank(target, metric, rank, solver=solver, generator=generator)  # type: ignore[arg-type]
+        return {"right": right, "left": left}

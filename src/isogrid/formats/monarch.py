@@ -1,0 +1,128 @@
+"""Monarch: two block-diagonal matrices with the stride permutation between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import IsogridError
+from isogrid.fitting import Metric, fit_slices, project_slices
+from isogrid.formats.base import (
+    Component,
+    Factor,
+    Factors,
+    Format,
+    OnStep,
+    Traits,
+    pad_features,
+    pad_matrix,
+    require_solver,
+)
+from isogrid.kernels import two_stage
+
+
+@dataclass(frozen=True)
+class Monarch(Format):
+    """A ``blocks`` x ``blocks`` grid of slices of low rank; rows of a slice are strided, columns contiguous.
+
+    ``right (blocks, hidden, in_block)`` mixes inside contiguous input blocks, the hidden units are dealt out in turn,
+    ``left (blocks, out_block, hidden)`` mixes again (Dao et al. 2022, general rectangular form). Sizes that ``blocks``
+    does not divide are padded with zeros. blocks · hidden · (in_block + out_block) parameters.
+
+    Attributes:
+        blocks: number of blocks of both factors.
+        rank: rank of every slice, ``hidden = rank · blocks``. None: the published layer rule, ``hidden`` the smaller
+            block side, which halves a square layer at 4 blocks.
+    """
+
+    blocks: int = 4
+    rank: int | None = None
+
+    name: ClassVar[str] = "monarch"
+    size_field: ClassVar[str] = "rank"
+    traits: ClassVar[Traits] = Traits(
+        exact_on_members=True, optimal=True, monotone_in_budget=True, linear_in_factors=True
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.blocks, int) or self.blocks < 1:
+            raise IsogridError(f"monarch: blocks is a positive integer, got {self.blocks!r}")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise IsogridError(f"monarch: rank is a positive integer or None, got {self.rank!r}")
+
+    def _sizes(self, out_features: int, in_features: int) -> tuple[int, int, int]:
+        """(out_block, hidden, in_block)."""
+        out_block, in_block = -(-out_features // self.blocks), -(-in_features // self.blocks)
+        hidden = min(out_block, in_block) if self.rank is None else self.rank * self.blocks
+        return out_block, hidden, in_block
+
+    def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
+        """``right (blocks, hidden, in_block)``, ``left (blocks, out_block, hidden)``."""
+        out_block, hidden, in_block = self._sizes(out_features, in_features)
+        return {
+            "right": Factor((self.blocks, hidden, in_block)),
+            "left": Factor((self.blocks, out_block, hidden)),
+        }
+
+    def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """Blocked product, stride permutation, blocked product."""
+        right, left = factors["right"], factors["left"]
+        x = pad_features(x, right.shape[0] * right.shape[2])
+        return two_stage(x, right, left, interleave=True)[..., :out_features]
+
+    def components(self, out_features: int, in_features: int) -> list[Component]:
+        """``right``, then ``left``."""
+        out_block, hidden, in_block = self._sizes(out_features, in_features)
+        return [
+            Component("right", in_block, hidden, self.blocks * hidden),
+            Component("left", hidden, out_block, self.blocks * out_block),
+        ]
+
+    def size_limit(self, out_features: int, in_features: int) -> int:
+        """The smaller side of a slice: there every matrix is a member."""
+        out_block, _, in_block = self._sizes(out_features, in_features)
+        return min(out_block, in_block)
+
+    def slice_ranks(self, out_features: int, in_features: int) -> Tensor:
+        """``(blocks, blocks)`` rank of slice (row group, column group); they differ by one under the layer rule."""
+        _, hidden, _ = self._sizes(out_features, in_features)
+        group = torch.arange(self.blocks)
+        first = (group.unsqueeze(1) - group * hidden) % self.blocks  # first hidden unit of (row group, column group)
+        return ((hidden - first + self.blocks - 1) // self.blocks).clamp(min=0)
+
+    def solve(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        *,
+        solver: str,
+        on_step: OnStep | None,
+        sweeps: int = 4,
+        **options: Any,
+    ) -> Factors:
+        """One SVD per slice without a metric (global optimum); exact block descent over the slices under one.
+
+        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (4).
+        """
+        require_solver(self, solver, ("default", "projection"))
+        out_block, hidden, in_block = self._sizes(*target.shape)
+        b = self.blocks
+        ranks = self.slice_ranks(*target.shape).to(target.device)
+        padded = pad_matrix(target, b * out_block, b * in_block)
+        slices = padded.view(out_block, b, b, in_block).permute(1, 2, 0, 3)  # (row group, column group, s, p)
+        if metric is None or solver == "projection":
+            left, right = project_slices(slices, ranks)
+        else:
+            left, right = fit_slices(slices, ranks, metric.padded(b * in_block), sweeps=sweeps, on_step=on_step)
+        # Hidden unit e sits in column group e // hidden and row group e mod blocks; there it is direction j.
+        unit = torch.arange(b * hidden, device=target.device)
+        a, c = unit % b, unit // hidden
+        j = (unit % hidden - (a - c * hidden) % b) // b
+        return {
+            "right": right[a, c, j].view(b, hidden, in_block),
+            "left": left[a, c, :, j].view(hidden, b, out_block).permute(1, 2, 0),
+        }

@@ -1,0 +1,151 @@
+"""A format seen through fixed permutations of its inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import BudgetError, IsogridError
+from isogrid.fitting import Metric, squared_norm
+from isogrid.formats.base import (
+    Budget,
+    Component,
+    Factor,
+    Factors,
+    Format,
+    OnStep,
+    Traits,
+    prefixed,
+    require_solver,
+    unprefixed,
+)
+from isogrid.formats.monarch import Monarch
+
+
+@dataclass(frozen=True)
+class Permuted(Format):
+    """``W[i, input_order[j]] = inner[output_order[i], j]``: another order of the inputs and outputs for free.
+
+    Attributes:
+        inner: the format within.
+    """
+
+    inner: Format = Monarch()
+
+    name: ClassVar[str] = "permuted"
+    traits: ClassVar[Traits] = Traits(linear_in_factors=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inner, Format):
+            raise IsogridError(f"permuted: inner is a format, got {self.inner!r}")
+
+    def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
+        """``input_order (in,)`` and ``output_order (out,)``, int32, and ``inner_…``."""
+        return {
+            "input_order": Factor((in_features,), torch.int32, "index"),
+            "output_order": Factor((out_features,), torch.int32, "index"),
+            **prefixed("inner_", self.inner.factors(out_features, in_features)),
+        }
+
+    def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """Gather, the inner product, gather."""
+        y = self.inner.multiply(
+            unprefixed("inner_", factors), x.index_select(-1, factors["input_order"]), out_features
+        )
+        return y.index_select(-1, factors["output_order"])
+
+    def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """The inner matrix, its rows and columns put in place."""
+        inner = self.inner.dense(unprefixed("inner_", factors), out_features, in_features)
+        return inner.index_select(0, factors["output_order"]).index_select(1, factors["input_order"].argsort())
+
+    def components(self, out_features: int, in_features: int) -> list[Component]:
+        """Those of the inner format."""
+        return [
+            Component(f"inner_{part.factor}", part.fan_in, part.fan_out, part.outputs)
+            for part in self.inner.components(out_features, in_features)
+        ]
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        factors: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """The inner format's start, in the order given by nature."""
+        factors["input_order"].copy_(torch.arange(in_features))
+        factors["output_order"].copy_(torch.arange(out_features))
+        self.inner.initialize(unprefixed("inner_", factors), out_features, in_features, generator)
+
+    def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
+        """The inner format, sized to the budget less the indices."""
+        probe = self.cost_of_order(out_features, in_features)
+        if budget.bytes is not None:
+            budget = Budget(bytes=max(budget.bytes - probe, 0), dtype=budget.dtype)
+        return type(self)(self.inner.sized(out_features, in_features, budget))
+
+    @staticmethod
+    def cost_of_order(out_features: int, in_features: int) -> int:
+        """Bytes of the two index vectors."""
+        return 4 * (out_features + in_features)
+
+    def candidates(self, out_features: int, in_features: int, budget: Budget) -> Iterable[Self]:
+        """One for each candidate of the inner format."""
+        if budget.bytes is not None:
+            left = budget.bytes - self.cost_of_order(out_features, in_features)
+            if left <= 0:
+                return
+            budget = Budget(bytes=left, dtype=budget.dtype)
+        try:
+            for inner in self.inner.candidates(out_features, in_features, budget):
+                yield type(self)(inner)
+        except BudgetError:
+            return
+
+    def solve(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        *,
+        solver: str,
+        start: Factors | None,
+        generator: torch.Generator,
+        on_step: OnStep | None,
+        trials: int = 0,
+        **options: Any,
+    ) -> Factors:
+        """The inner fit in the start's order, or in the natural order and ``trials`` random ones, the best kept."""
+        require_solver(self, solver, ("default",))
+        out_features, in_features = target.shape
+        natural = (torch.arange(out_features), torch.arange(in_features))
+        if start is not None:
+            orders = [(start["output_order"].long(), start["input_order"].long())]
+        else:
+            orders = [natural] + [
+                (
+                    torch.randperm(out_features, generator=generator),
+                    torch.randperm(in_features, generator=generator),
+                )
+                for _ in range(trials)
+            ]
+        best: Factors = {}
+        best_error = float("inf")
+        for trial, (rows, columns) in enumerate(orders):
+            rows, columns = rows.to(target.device), columns.to(target.device)
+            # target = inner[rows][:, argsort(columns)]  <=>  inner = target[argsort(rows)][:, columns]
+            wish = target[rows.argsort()][:, columns]
+            inner_metric = None if metric is None else metric.permuted(columns)
+            inner = self.inner.fit(wish, inner_metric, generator=generator, **options)
+            error = squared_norm(wish - self.inner.dense(inner, out_features, in_features), inner_metric)
+            if on_step is not None:
+                on_step(trial, error)
+            if error < best_error:
+                best_error = error
+                best = {"input_order": columns, "output_order": rows, **prefixed("inner_", inner)}
+        return best

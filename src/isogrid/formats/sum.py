@@ -1,0 +1,158 @@
+"""Sums of formats: low rank plus something local, say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import IsogridError
+from isogrid.fitting import Metric, squared_norm
+from isogrid.formats.base import (
+    Budget,
+    Component,
+    Factor,
+    Factors,
+    Format,
+    OnStep,
+    Traits,
+    prefixed,
+    require_solver,
+    unprefixed,
+)
+from isogrid.formats.low_rank import LowRank
+from isogrid.formats.monarch import Monarch
+
+
+@dataclass(frozen=True)
+class Sum(Format):
+    """``W = Σ terms``: each term in its own format, one product each, results added.
+
+    Attributes:
+        terms: the formats, at least one. A budget is shared equally among them; what one leaves goes to the next.
+    """
+
+    terms: tuple[Format, ...] = (LowRank(), Monarch())
+
+    name: ClassVar[str] = "sum"
+    traits: ClassVar[Traits] = Traits(linear_in_factors=True)
+
+    def __post_init__(self) -> None:
+        if not self.terms or not all(isinstance(term, Format) for term in self.terms):
+            raise IsogridError(f"sum: terms are one or more formats, got {self.terms!r}")
+        object.__setattr__(self, "terms", tuple(self.terms))
+
+    def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
+        """Those of the terms, as ``term0_…``, ``term1_…``."""
+        out: dict[str, Factor] = {}
+        for i, term in enumerate(self.terms):
+            out |= prefixed(f"term{i}_", term.factors(out_features, in_features))
+        return out
+
+    def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """The terms' products, added."""
+        products = [
+            term.multiply(unprefixed(f"term{i}_", factors), x, out_features) for i, term in enumerate(self.terms)
+        ]
+        return torch.stack(products).sum(0) if len(products) > 2 else sum(products[1:], products[0])
+
+    def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """The terms' matrices, added."""
+        matrices = [
+            term.dense(unprefixed(f"term{i}_", factors), out_features, in_features)
+            for i, term in enumerate(self.terms)
+        ]
+        return sum(matrices[1:], matrices[0])
+
+    def components(self, out_features: int, in_features: int) -> list[Component]:
+        """Those of the terms."""
+        return [
+            Component(f"term{i}_{part.factor}", part.fan_in, part.fan_out, part.outputs)
+            for i, term in enumerate(self.terms)
+            for part in term.components(out_features, in_features)
+        ]
+
+    @torch.no_grad()
+    def initialize(
+        self,
+        factors: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Each term as it starts alone, the last stage scaled so that the variances add up to one term's."""
+        for i, term in enumerate(self.terms):
+            own = unprefixed(f"term{i}_", factors)
+            term.initialize(own, out_features, in_features, generator)
+            stages = term.components(out_features, in_features)
+            if stages:
+                own[stages[-1].factor].mul_(len(self.terms) ** -0.5)
+
+    def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
+        """Equal shares; what a term leaves is added to the share of the next, and a last pass spends the rest."""
+        shares = budget.split(len(self.terms))
+        terms: list[Format] = []
+        left = budget
+        for i, term in enumerate(self.terms):
+            # Everything not reserved for the terms still to come.
+            reserved = shares[0].split(1)[0]
+            available = left
+            for _ in range(len(self.terms) - 1 - i):
+                available = available.minus_budget(reserved)
+            sized = term.sized(out_features, in_features, available)
+            left = left.minus(sized.cost(out_features, in_features, budget.dtype))
+            terms.append(sized)
+        return type(self)(tuple(terms))
+
+    def solve(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        *,
+        solver: str,
+        start: Factors | None,
+        generator: torch.Generator,
+        on_step: OnStep | None,
+        rounds: int = 10,
+        tolerance: float = 1e-3,
+        **options: Any,
+    ) -> Factors:
+        """Each term in turn is fitted to what the others leave; a step that does not lower the error is not taken.
+
+        Options: ``rounds`` (10), ``tolerance`` (1e-3, relative decrease of a round at which to stop).
+        """
+        require_solver(self, solver, ("default",))
+        shape = target.shape
+        parts: list[Factors] = []
+        if start is not None:
+            parts = [dict(unprefixed(f"term{i}_", start)) for i in range(len(self.terms))]
+        matrices = [term.dense(part, *shape) for term, part in zip(self.terms, parts, strict=False)]
+        residual = target - sum(matrices, torch.zeros_like(target))
+        objective = squared_norm(residual, metric)
+        for step in range(rounds):
+            before = objective
+            for i, term in enumerate(self.terms):
+                known = i < len(parts)
+                wish = residual + matrices[i] if known else residual
+                part = term.fit(wish, metric, generator=generator)
+                matrix = term.dense(part, *shape)
+                value = squared_norm(wish - matrix, metric)
+                if known and value >= objective:
+                    continue
+                if known:
+                    parts[i], matrices[i] = part, matrix
+                else:
+                    parts.append(part)
+                    matrices.append(matrix)
+                residual, objective = wish - matrix, value
+            if on_step is not None:
+                on_step(step, objective)
+            if before - objective <= tolerance * before:
+                break
+        out: Factors = {}
+        for i, part in enumerate(parts):
+            out |= prefixed(f"term{i}_", part)
+        return out

@@ -1,0 +1,5 @@
+"""Fast products that formats share."""
+
+from isogrid.kernels.blocked import two_stage
+
+__all__ = ["two_stage"]
