@@ -47,9 +47,7 @@ def descend(
         samples = metric.root.mT
     wish = samples @ target.mT
     size = wish.square().sum().clamp(min=torch.finfo(wish.dtype).tiny)
-    moving = {
-        name: value.detach().clone().requires_grad_(name in trainable) for name, value in start.items()
-    }
+    moving = {name: value.detach().clone().requires_grad_(name in trainable) for name, value in start.items()}
     parameters = [value for name, value in moving.items() if name in trainable]
     best_value, best = float("inf"), {name: value.detach().clone() for name, value in moving.items()}
 

@@ -11,7 +11,7 @@ from isogrid.errors import IsogridError
 from isogrid.fitting.metric import Metric
 
 # Below this side length the exact SVD costs nothing; above it the Gram matrix halves the time and more.
-GRAM_FROM = 192
+GRAM_FROM = 16
 # The Gram matrix squares the condition number: below this ratio of eigenvalues (float64) its directions are noise.
 GRAM_RESOLUTION = 1e-11
 

@@ -35,7 +35,12 @@ class Metric:
     """
 
     def __init__(
-        self, moment: Tensor, *, mean: Tensor | None = None, rows: int | None = None, damping: float | None = None
+        self,
+        moment: Tensor,
+        *,
+        mean: Tensor | None = None,
+        rows: int | None = None,
+        damping: float | None = None,
     ) -> None:
         if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
             raise IsogridError(f"a metric is a square matrix (in, in), got shape {tuple(moment.shape)}")

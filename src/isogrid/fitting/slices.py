@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from isogrid.fitting.low_rank import leading_left
 from isogrid.fitting.metric import Metric, cholesky
 
 OnStep = Callable[[int, float], None]
@@ -26,7 +27,9 @@ def project_slices(blocks: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     Returns ``left (A, C, s, b)`` and ``right (A, C, b, p)``, balanced, with ``b = ranks.max()``; columns and rows
     beyond a slice's own rank are zero.
     """
-    return _split(blocks, ranks)
+    u, sigma, vh = torch.linalg.svd(blocks, full_matrices=False)
+    width = min(int(ranks.max()), sigma.shape[-1])
+    return _balanced(u[..., :width], sigma[..., :width], vh[..., :width, :], ranks)
 
 
 def fit_slices(
@@ -63,10 +66,10 @@ def fit_slices(
     by_column = moment.view(columns, p, n)
     roots = cholesky(torch.stack([by_column[c, :, c * p : (c + 1) * p] for c in range(columns)]))  # (C, p, p)
 
-    weighted = blocks @ roots  # (A, C, s, p)
-    fitted = _left_project(weighted, blocks, ranks)
+    left, right = _truncate(blocks @ roots, roots, ranks)
     objective = None
     for step in range(sweeps + 1):
+        fitted = left @ right  # (A, C, s, p)
         approximation = fitted.transpose(1, 2).reshape(groups, s, n)
         residual = target_moment - approximation @ moment  # (A, s, n)
         value = max(float(((target - approximation) * residual).sum()), 0.0)
@@ -79,13 +82,17 @@ def fit_slices(
         for c in range(columns):
             part = residual[:, :, c * p : (c + 1) * p]
             # Whitened target of this column group while the others stand still.
-            wish = torch.linalg.solve_triangular(roots[c].mT, part, upper=True, left=False) + fitted[:, c] @ roots[c]
-            unwhitened = torch.linalg.solve_triangular(roots[c], wish, upper=False, left=False)
-            new = _left_project(wish, unwhitened, ranks[:, c])
-            residual -= (new - fitted[:, c]) @ by_column[c]
-            fitted[:, c] = new
-        fitted = _joint_left(fitted, ranks, target_moment, moment)
-    return _split(fitted, ranks)
+            wish = (
+                torch.linalg.solve_triangular(roots[c].mT, part, upper=True, left=False)
+                + fitted[:, c] @ roots[c]
+            )
+            left[:, c], right[:, c] = _truncate(wish, roots[c], ranks[:, c])
+            residual -= (left[:, c] @ right[:, c] - fitted[:, c]) @ by_column[c]
+        left, right = _joint_left(right, ranks, target_moment, moment)
+    # Rows of `right` need not be orthonormal: their triangular factor moves left before the split.
+    q, r = torch.linalg.qr(right.mT)
+    u, sigma, vh = torch.linalg.svd(left @ r.mT, full_matrices=False)
+    return _balanced(u, sigma, vh @ q.mT, ranks)
 
 
 def _rank_mask(ranks: Tensor, width: int) -> Tensor:
@@ -93,57 +100,49 @@ def _rank_mask(ranks: Tensor, width: int) -> Tensor:
     return (torch.arange(width, device=ranks.device) < ranks.unsqueeze(-1)).to(torch.float64)
 
 
-def _left_project(weighted: Tensor, plain: Tensor, ranks: Tensor) -> Tensor:
-    """``U_b U_bᵀ plain`` with U_b the leading left singular directions of ``weighted``, batched with mixed ranks."""
-    width = int(ranks.max())
-    if width == 0:
-        return torch.zeros_like(plain)
-    u = torch.linalg.svd(weighted, full_matrices=False).U
-    u = u[..., : min(width, u.shape[-1])]
-    u = u * _rank_mask(ranks, u.shape[-1]).unsqueeze(-2)
-    return u @ (u.mT @ plain)
+def _truncate(weighted: Tensor, roots: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """``left · right`` nearest to ``weighted · roots⁻¹`` under the metric with those roots, batched with mixed ranks."""
+    width = min(int(ranks.max()), *weighted.shape[-2:])
+    left = leading_left(weighted, width) * _rank_mask(ranks, width).unsqueeze(-2)
+    return left, torch.linalg.solve_triangular(roots, left.mT @ weighted, upper=False, left=False)
 
 
-def _split(blocks: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Balanced factors of slices cut to their ranks; a missing direction keeps a unit row on the right (see low_rank)."""
-    width = int(ranks.max())
-    u, sigma, vh = torch.linalg.svd(blocks, full_matrices=False)
-    kept = min(width, sigma.shape[-1])
-    u, sigma, vh = u[..., :kept], sigma[..., :kept], vh[..., :kept, :]
+def _balanced(u: Tensor, sigma: Tensor, vh: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """``u σ`` and ``vh`` shared out evenly, cut to the ranks; a missing direction keeps a unit row on the right."""
+    kept = sigma.shape[-1]
     alive = sigma > sigma.amax(-1, keepdim=True) * 1e-14
     scale = torch.where(alive, sigma, torch.ones_like(sigma)).sqrt()
     mask = _rank_mask(ranks, kept)
     left = u * (torch.where(alive, sigma, torch.zeros_like(sigma)) / scale * mask).unsqueeze(-2)
     right = vh * (scale * mask).unsqueeze(-1)
-    surplus = width - kept  # a rank beyond the slice's sides: hidden units with nothing to do
+    surplus = int(ranks.max()) - kept  # a rank beyond the slice's sides: hidden units with nothing to do
     if surplus:
         left = torch.nn.functional.pad(left, (0, surplus))
         right = torch.nn.functional.pad(right, (0, 0, 0, surplus))
     return left, right
 
 
-def _joint_left(fitted: Tensor, ranks: Tensor, target_moment: Tensor, moment: Tensor) -> Tensor:
-    """Refit the left factors of every row group for the row spaces that its slices have."""
-    groups, columns, s, p = fitted.shape
-    n = columns * p
-    width = min(int(ranks.max()), s, p)
-    out = torch.empty_like(fitted)
+def _joint_left(right: Tensor, ranks: Tensor, target_moment: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The best left factors for the row spaces of ``right (A, C, b, p)``, and orthonormal rows that span these."""
+    groups, columns, width, p = right.shape
+    s, n = target_moment.shape[1:]
+    mask = _rank_mask(ranks, width)
+    rows = torch.linalg.qr(right.mT).Q.mT * mask.unsqueeze(-1)  # (A, C, b, p), orthonormal or zero
+    left = rows.new_empty(groups, columns, s, width)
     chunk = max(1, JOINT_CHUNK // max(columns * width * n, 1))
     for start in range(0, groups, chunk):
         part = slice(start, min(start + chunk, groups))
         g = part.stop - start
-        _, sigma, vh = torch.linalg.svd(fitted[part], full_matrices=False)
-        # A direction that a slice does not use would make the normal equations singular.
-        mask = _rank_mask(ranks[part], width) * (sigma[..., :width] > sigma[..., :1] * 1e-12)
-        rows = vh[..., :width, :] * mask.unsqueeze(-1)  # (g, C, b, p), orthonormal or zero
-        rows_moment = torch.einsum("acbp,cpn->acbn", rows, moment.view(columns, p, n))
-        gram = torch.einsum("acbdp,adep->acbde", rows_moment.view(g, columns, width, columns, p), rows)
-        gram = gram.reshape(g, columns * width, columns * width)
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
-        idle = mask.reshape(g, -1) == 0
-        gram = gram + torch.diag_embed(torch.where(idle, mean.clamp(min=1e-300), 1e-13 * mean))
-        right_side = torch.einsum("ascp,acbp->ascb", target_moment[part].view(g, s, columns, p), rows)
-        solved = torch.cholesky_solve(right_side.reshape(g, s, -1).mT, cholesky(gram))  # (g, C b, s)
-        left = solved.mT.reshape(g, s, columns, width).transpose(1, 2)  # (g, C, s, b)
-        out[part] = left @ rows
-    return out
+        rows_moment = rows[part].transpose(0, 1).reshape(columns, g * width, p) @ moment.view(columns, p, n)
+        # (C, g b, n) -> for every second column group d: (g, d, C b, p) @ (g, d, p, b')
+        by_group = rows_moment.view(columns, g, width, columns, p).permute(1, 3, 0, 2, 4)
+        gram = by_group.reshape(g, columns, columns * width, p) @ rows[part].mT  # (g, d, C b, b')
+        gram = gram.permute(0, 2, 1, 3).reshape(g, columns * width, columns * width)
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None].clamp(min=1e-300)
+        idle = mask[part].reshape(g, -1) == 0
+        gram = gram + torch.diag_embed(torch.where(idle, mean, 1e-13 * mean))
+        wish = target_moment[part].view(g, s, columns, p).transpose(1, 2) @ rows[part].mT  # (g, C, s, b)
+        wish = wish.transpose(1, 2).reshape(g, s, columns * width)
+        solved = torch.cholesky_solve(wish.mT, cholesky(gram))  # (g, C b, s)
+        left[part] = solved.mT.reshape(g, s, columns, width).transpose(1, 2)
+    return left, rows

@@ -199,7 +199,9 @@ class Format(ABC):
         if "name" in cls.__dict__:
             known = _REGISTRY.get(cls.name)
             if known is not None and known.__qualname__ != cls.__qualname__:
-                raise IsogridError(f"a format named {cls.name!r} exists: {known.__module__}.{known.__qualname__}")
+                raise IsogridError(
+                    f"a format named {cls.name!r} exists: {known.__module__}.{known.__qualname__}"
+                )
             _REGISTRY[cls.name] = cls
 
     # ---- what a format must say --------------------------------------------------------------------------------
@@ -286,12 +288,18 @@ class Format(ABC):
             IsogridError: target not a finite floating matrix, metric of another size, unknown solver.
         """
         if target.ndim != 2 or not target.is_floating_point():
-            raise IsogridError(f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}")
+            raise IsogridError(
+                f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}"
+            )
         if not torch.isfinite(target).all():
             count = int((~torch.isfinite(target)).sum())
-            raise IsogridError(f"the target has {count} NaN or infinite entries; repair the weight before fitting it")
+            raise IsogridError(
+                f"the target has {count} NaN or infinite entries; repair the weight before fitting it"
+            )
         if metric is not None and metric.in_features != target.shape[1]:
-            raise IsogridError(f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}")
+            raise IsogridError(
+                f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}"
+            )
         if generator is None:
             generator = torch.Generator().manual_seed(0)
         specs = self.factors(*target.shape)
@@ -308,9 +316,7 @@ class Format(ABC):
             found = self.solve(
                 wide, on_device, solver=solver, start=begin, generator=generator, on_step=on_step, **options
             )
-        out = {
-            name: found[name].to(spec.dtype or target.dtype).contiguous() for name, spec in specs.items()
-        }
+        out = {name: found[name].to(spec.dtype or target.dtype).contiguous() for name, spec in specs.items()}
         check_factors(self, out, *target.shape)
         return out
 
@@ -471,7 +477,9 @@ def format_from_dict(description: Mapping[str, Any]) -> Format:
     given = {key: _from_json(value) for key, value in description.items() if key != "name"}
     unknown = sorted(given.keys() - known)
     if unknown:
-        raise IsogridError(f"format {cls.name!r} has no {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'nothing'}")
+        raise IsogridError(
+            f"format {cls.name!r} has no {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'nothing'}"
+        )
     return cls(**given)
 
 

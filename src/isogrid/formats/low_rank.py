@@ -53,7 +53,10 @@ class LowRank(Format):
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""
         rank = require_rank(self, self.rank)
-        return [Component("right", in_features, rank, rank), Component("left", rank, out_features, out_features)]
+        return [
+            Component("right", in_features, rank, rank),
+            Component("left", rank, out_features, out_features),
+        ]
 
     def solve(
         self, target: Tensor, metric: Metric | None, *, solver: str, generator: torch.Generator, **options: Any

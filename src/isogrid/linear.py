@@ -1,0 +1,334 @@
+"""The layer that holds one matrix in one format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.errors import IsogridError
+from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
+
+# Reading these of a dense view costs nothing; everything else needs the numbers.
+_METADATA: frozenset[Any] = frozenset(
+    {
+        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.numel,
+        torch.Tensor.element_size,
+        torch.Tensor.is_floating_point,
+    }
+)
+
+
+class DenseView(torch.Tensor):
+    """A layer's dense ``(out, in)`` matrix that is computed when its numbers are first used.
+
+    Libraries read ``layer.weight.dtype`` or ``.device`` on every forward pass (T5, PEFT); that must cost nothing. Any
+    other use multiplies the factors out, under autograd where they require it.
+    """
+
+    _materialize: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, layer: StructuredLinear) -> DenseView:
+        """A view that has the layer's sizes, dtype and device, and no storage."""
+        like = layer.floating_factor()
+        view = torch.Tensor._make_wrapper_subclass(
+            cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
+        )
+        view._materialize = layer.dense  # type: ignore[attr-defined]
+        return view
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Metadata from the view itself, everything else from the dense matrix."""
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            DenseView, lambda view: view._materialize(), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Reached by code that bypasses ``__torch_function__``."""
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            DenseView, lambda view: view._materialize(), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+class StructuredLinear(nn.Module):
+    """``y = x Wᵀ + b`` with W held in a format: drop-in for ``nn.Linear``.
+
+    Args:
+        in_features: inputs n.
+        out_features: outputs m.
+        format: a `Format`, its name (``"monarch(blocks=8)"``) or its description.
+        bias: whether to add a bias ``(out,)``.
+        device: where the factors live.
+        dtype: floating dtype of the factors.
+        generator: source of the random start; None takes torch's global generator.
+
+    The factors are ordinary parameters (weights, gains, structure) and buffers (indices, codes) of the module, under
+    the names the format gives them: optimizers, ``state_dict``, DDP and FSDP see nothing special.
+
+    Raises:
+        IsogridError: the format doesn't suit the sizes.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format | str | Mapping[str, Any],
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self._attach(
+            in_features,
+            out_features,
+            as_format(format),
+            new_factors(
+                as_format(format),
+                out_features,
+                in_features,
+                dtype=dtype or torch.get_default_dtype(),
+                device=device,
+            ),
+            torch.empty(out_features, dtype=dtype, device=device) if bias else None,
+        )
+        if not self.floating_factor().is_meta:
+            self.reset_parameters(generator)
+
+    def _attach(
+        self,
+        in_features: int,
+        out_features: int,
+        format: Format,
+        factors: Mapping[str, Tensor],
+        bias: Tensor | None,
+    ) -> None:
+        self.in_features = in_features
+        self.out_features = out_features
+        self.format = format
+        self._cached_dense: tuple[tuple[int, ...], Tensor] | None = None
+        specs = format.factors(out_features, in_features)
+        self._factor_names = tuple(specs)
+        for name, spec in specs.items():
+            if name in ("weight", "bias") or hasattr(self, name):
+                raise IsogridError(
+                    f"{format.name}: a factor can't be called {name!r}, the layer uses that name"
+                )
+            if spec.trainable:
+                self.register_parameter(name, nn.Parameter(factors[name]))
+            else:
+                self.register_buffer(name, factors[name])
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+
+    @classmethod
+    def from_factors(
+        cls,
+        format: Format,
+        factors: Mapping[str, Tensor],
+        out_features: int,
+        in_features: int,
+        *,
+        bias: Tensor | None = None,
+    ) -> StructuredLinear:
+        """A layer around given factors; nothing is copied.
+
+        Raises:
+            IsogridError: names or shapes are not the format's.
+        """
+        check_factors(format, factors, out_features, in_features)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._attach(in_features, out_features, format, factors, bias)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        format: Format | str | Mapping[str, Any],
+        *,
+        metric: Any = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> StructuredLinear:
+        """The layer nearest to an ``nn.Linear`` or a transformers ``Conv1D``: its matrix fitted, its bias copied.
+
+        Args:
+            linear: the trained layer; it is not changed.
+            format: target format.
+            metric: `Metric` of the inputs; None fits the matrix itself.
+            generator: randomness of the fit.
+            options: the format's solver options.
+
+        Raises:
+            IsogridError: not a linear layer, or a weight that can't be fitted.
+        """
+        fmt = as_format(format)
+        matrix = linear_matrix(linear)
+        factors = fmt.fit(matrix, metric, generator=generator, **options)
+        bias = getattr(linear, "bias", None)
+        layer = cls.from_factors(
+            fmt, factors, *matrix.shape, bias=None if bias is None else bias.detach().clone()
+        )
+        return layer.train(linear.training)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The format's start for training from scratch; bias zero."""
+        self.format.initialize(self.factors, self.out_features, self.in_features, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The live factor tensors by name."""
+        return {name: getattr(self, name) for name in self._factor_names}
+
+    def floating_factor(self) -> Tensor:
+        """A factor that carries the layer's dtype and device."""
+        return next(value for value in self.factors.values() if value.is_floating_point())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in) -> (..., out)``.
+
+        Raises:
+            IsogridError: another number of features, or an integer input.
+        """
+        if x.shape[-1:] != (self.in_features,):
+            raise IsogridError(
+                f"{self.format.name} layer takes (..., {self.in_features}), got {tuple(x.shape)}; check what feeds it"
+            )
+        if not (x.is_floating_point() or x.is_complex()):
+            raise IsogridError(
+                f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it"
+            )
+        y = self.format.multiply(self.factors, x, self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self) -> Tensor:
+        """The ``(out, in)`` matrix, differentiable in the factors; gathers sharded factors first."""
+        factors = {
+            name: value.full_tensor() if hasattr(value, "full_tensor") else value
+            for name, value in self.factors.items()
+        }
+        if torch.is_grad_enabled() and any(value.requires_grad for value in factors.values()):
+            return self.format.dense(factors, self.out_features, self.in_features)
+        if self.training or torch.compiler.is_compiling():
+            return self.format.dense(factors, self.out_features, self.in_features)
+        versions = tuple(item for value in factors.values() for item in (id(value), value._version))
+        if self._cached_dense is None or self._cached_dense[0] != versions:
+            self._cached_dense = (
+                versions,
+                self.format.dense(factors, self.out_features, self.in_features).detach(),
+            )
+        return self._cached_dense[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense ``(out, in)`` view: computed when its numbers are used, kept in eval mode until a factor changes.
+
+        It is a view to read: writing into it changes no factor.
+        """
+        return self.dense() if torch.compiler.is_compiling() else DenseView(self)
+
+    def merge(self) -> nn.Linear:
+        """The dense ``nn.Linear`` that computes the same, in the layer's dtype and on its device."""
+        like = self.floating_factor()
+        merged = nn.Linear(
+            self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=like.dtype
+        )
+        merged.weight = nn.Parameter(self.dense().detach().clone())
+        if self.bias is not None:
+            merged.bias = nn.Parameter(self.bias.detach().clone())
+        return merged.train(self.training)
+
+    def cost(self) -> Cost:
+        """Parameters, multiply-adds per row and bits of the matrix; the bias is not counted."""
+        return self.format.cost(self.out_features, self.in_features, self.floating_factor().dtype)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held now, by what holds them: factors, bias, the cached dense view."""
+        cached = 0 if self._cached_dense is None else self._cached_dense[1].nbytes
+        return {
+            "factors": sum(value.nbytes for value in self.factors.values()),
+            "bias": 0 if self.bias is None else self.bias.nbytes,
+            "dense view": cached,
+        }
+
+    def train(self, mode: bool = True) -> StructuredLinear:
+        """Training drops the cached dense view: it would be stale after every step."""
+        if mode:
+            self._cached_dense = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredLinear:
+        self._cached_dense = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cached_dense": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Checkpoints carry an empty tensor under this name, so that readers without Isogrid fail instead of
+        # starting from random numbers. It holds nothing.
+        mark = state_dict.get(prefix + "weight")
+        if mark is not None and mark.numel() == 0:
+            state_dict = dict(state_dict)
+            del state_dict[prefix + "weight"]
+            unexpected = args[3] if len(args) > 3 else kwargs.get("unexpected_keys", [])
+            before = len(unexpected)
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            del unexpected[before + sum(key != prefix + "weight" for key in unexpected[before:]) :]
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Sizes, format and bias."""
+        return f"{self.in_features}, {self.out_features}, {self.format.label()}, bias={self.bias is not None}"
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an ``nn.Linear`` or a transformers ``Conv1D`` (a linear layer with W transposed)."""
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name: importing transformers to compare classes would cost every user seconds.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linear_matrix(module: nn.Module) -> Tensor:
+    """The detached ``(out, in)`` matrix of an ``nn.Linear`` or ``Conv1D``.
+
+    Raises:
+        IsogridError: the module is neither.
+    """
+    if isinstance(module, nn.Linear):
+        return module.weight.detach()
+    if _is_conv1d(module):
+        return module.weight.detach().mT  # type: ignore[union-attr,operator]
+    raise IsogridError(f"expected nn.Linear or transformers' Conv1D, got {type(module).__name__}")
