@@ -1,5 +1,8 @@
 """Structured matrices for efficient deep learning: one interface for every format, on the models people have."""
 
+from isogrid.checkpoint import load, save
+from isogrid.checkpoint.transformers_plugin import install as _install
+from isogrid.compress import CompressionReport, Moments, collect_moments, compress, select_layers
 from isogrid.errors import BudgetError, CheckpointError, IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import (
@@ -18,6 +21,8 @@ from isogrid.formats import (
 )
 from isogrid.linear import StructuredLinear
 
+_install()
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -25,6 +30,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "CheckpointError",
+    "CompressionReport",
     "Cost",
     "Dense",
     "Factor",
@@ -34,9 +40,15 @@ __all__ = [
     "LowRank",
     "LowRankLight",
     "Metric",
+    "Moments",
     "Monarch",
     "Permuted",
     "StructuredLinear",
     "Sum",
     "Traits",
+    "collect_moments",
+    "compress",
+    "load",
+    "save",
+    "select_layers",
 ]

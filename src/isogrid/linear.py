@@ -63,7 +63,7 @@ class DenseView(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Reached by code that bypasses ``__torch_function__``."""
@@ -91,6 +91,8 @@ class StructuredLinear(nn.Module):
     Raises:
         IsogridError: the format doesn't suit the sizes.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -136,9 +138,7 @@ class StructuredLinear(nn.Module):
         self._factor_names = tuple(specs)
         for name, spec in specs.items():
             if name in ("weight", "bias") or hasattr(self, name):
-                raise IsogridError(
-                    f"{format.name}: a factor can't be called {name!r}, the layer uses that name"
-                )
+                raise IsogridError(f"{format.name}: a factor can't be called {name!r}, the layer uses that name")
             if spec.trainable:
                 self.register_parameter(name, nn.Parameter(factors[name]))
             else:
@@ -192,9 +192,7 @@ class StructuredLinear(nn.Module):
         matrix = linear_matrix(linear)
         factors = fmt.fit(matrix, metric, generator=generator, **options)
         bias = getattr(linear, "bias", None)
-        layer = cls.from_factors(
-            fmt, factors, *matrix.shape, bias=None if bias is None else bias.detach().clone()
-        )
+        layer = cls.from_factors(fmt, factors, *matrix.shape, bias=None if bias is None else bias.detach().clone())
         return layer.train(linear.training)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -223,9 +221,7 @@ class StructuredLinear(nn.Module):
                 f"{self.format.name} layer takes (..., {self.in_features}), got {tuple(x.shape)}; check what feeds it"
             )
         if not (x.is_floating_point() or x.is_complex()):
-            raise IsogridError(
-                f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it"
-            )
+            raise IsogridError(f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it")
         y = self.format.multiply(self.factors, x, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -297,13 +293,7 @@ class StructuredLinear(nn.Module):
         # starting from random numbers. It holds nothing.
         mark = state_dict.get(prefix + "weight")
         if mark is not None and mark.numel() == 0:
-            state_dict = dict(state_dict)
-            del state_dict[prefix + "weight"]
-            unexpected = args[3] if len(args) > 3 else kwargs.get("unexpected_keys", [])
-            before = len(unexpected)
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-            del unexpected[before + sum(key != prefix + "weight" for key in unexpected[before:]) :]
-            return
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:

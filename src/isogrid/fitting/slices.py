@@ -82,10 +82,7 @@ def fit_slices(
         for c in range(columns):
             part = residual[:, :, c * p : (c + 1) * p]
             # Whitened target of this column group while the others stand still.
-            wish = (
-                torch.linalg.solve_triangular(roots[c].mT, part, upper=True, left=False)
-                + fitted[:, c] @ roots[c]
-            )
+            wish = torch.linalg.solve_triangular(roots[c].mT, part, upper=True, left=False) + fitted[:, c] @ roots[c]
             left[:, c], right[:, c] = _truncate(wish, roots[c], ranks[:, c])
             residual -= (left[:, c] @ right[:, c] - fitted[:, c]) @ by_column[c]
         left, right = _joint_left(right, ranks, target_moment, moment)

@@ -199,9 +199,7 @@ class Format(ABC):
         if "name" in cls.__dict__:
             known = _REGISTRY.get(cls.name)
             if known is not None and known.__qualname__ != cls.__qualname__:
-                raise IsogridError(
-                    f"a format named {cls.name!r} exists: {known.__module__}.{known.__qualname__}"
-                )
+                raise IsogridError(f"a format named {cls.name!r} exists: {known.__module__}.{known.__qualname__}")
             _REGISTRY[cls.name] = cls
 
     # ---- what a format must say --------------------------------------------------------------------------------
@@ -288,18 +286,12 @@ class Format(ABC):
             IsogridError: target not a finite floating matrix, metric of another size, unknown solver.
         """
         if target.ndim != 2 or not target.is_floating_point():
-            raise IsogridError(
-                f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}"
-            )
+            raise IsogridError(f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}")
         if not torch.isfinite(target).all():
             count = int((~torch.isfinite(target)).sum())
-            raise IsogridError(
-                f"the target has {count} NaN or infinite entries; repair the weight before fitting it"
-            )
+            raise IsogridError(f"the target has {count} NaN or infinite entries; repair the weight before fitting it")
         if metric is not None and metric.in_features != target.shape[1]:
-            raise IsogridError(
-                f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}"
-            )
+            raise IsogridError(f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}")
         if generator is None:
             generator = torch.Generator().manual_seed(0)
         specs = self.factors(*target.shape)
@@ -577,9 +569,7 @@ def pad_features(x: Tensor, features: int) -> Tensor:
 
 def pad_matrix(target: Tensor, out_features: int, in_features: int) -> Tensor:
     """Zero rows and columns appended to a matrix up to the given sizes."""
-    return torch.nn.functional.pad(
-        target, (0, in_features - target.shape[1], 0, out_features - target.shape[0])
-    )
+    return torch.nn.functional.pad(target, (0, in_features - target.shape[1], 0, out_features - target.shape[0]))
 
 
 def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> None:

@@ -82,9 +82,7 @@ class BlockTensorTrain(Format):
         given: tuple[int, int] | None = getattr(self, key)
         if given is not None:
             if math.prod(given) < features:
-                raise IsogridError(
-                    f"block_tensor_train: {key} {given} hold {math.prod(given)} of {features} features"
-                )
+                raise IsogridError(f"block_tensor_train: {key} {given} hold {math.prod(given)} of {features} features")
             return given
         if self.factorization == "greedy":
             small, large = greedy_pair(features)

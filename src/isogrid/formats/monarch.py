@@ -91,9 +91,7 @@ class Monarch(Format):
         """``(blocks, blocks)`` rank of slice (row group, column group); they differ by one under the layer rule."""
         _, hidden, _ = self._sizes(out_features, in_features)
         group = torch.arange(self.blocks)
-        first = (
-            group.unsqueeze(1) - group * hidden
-        ) % self.blocks  # first hidden unit of (row group, column group)
+        first = (group.unsqueeze(1) - group * hidden) % self.blocks  # first hidden unit of (row group, column group)
         return ((hidden - first + self.blocks - 1) // self.blocks).clamp(min=0)
 
     def solve(

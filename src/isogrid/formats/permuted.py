@@ -53,9 +53,7 @@ class Permuted(Format):
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """Gather, the inner product, gather."""
-        y = self.inner.multiply(
-            unprefixed("inner_", factors), x.index_select(-1, factors["input_order"]), out_features
-        )
+        y = self.inner.multiply(unprefixed("inner_", factors), x.index_select(-1, factors["input_order"]), out_features)
         return y.index_select(-1, factors["output_order"])
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:

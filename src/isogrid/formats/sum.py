@@ -55,16 +55,14 @@ class Sum(Format):
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """The terms' products, added."""
         products = [
-            term.multiply(unprefixed(f"term{i}_", factors), x, out_features)
-            for i, term in enumerate(self.terms)
+            term.multiply(unprefixed(f"term{i}_", factors), x, out_features) for i, term in enumerate(self.terms)
         ]
         return torch.stack(products).sum(0) if len(products) > 2 else sum(products[1:], products[0])
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """The terms' matrices, added."""
         matrices = [
-            term.dense(unprefixed(f"term{i}_", factors), out_features, in_features)
-            for i, term in enumerate(self.terms)
+            term.dense(unprefixed(f"term{i}_", factors), out_features, in_features) for i, term in enumerate(self.terms)
         ]
         return sum(matrices[1:], matrices[0])
 

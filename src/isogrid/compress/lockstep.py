@@ -1,0 +1,154 @@
+"""All calibration batches through a model at once, halting together before every selected layer.
+
+Sequential compression wants each layer's inputs from the part of the model that is already compressed. Running the
+whole model again for every layer costs a square of its depth; knowing how blocks are wired ties the code to
+architectures. Instead each batch runs its ordinary forward pass in a thread of its own; before a selected layer it
+halts until all batches have come there, the layer is replaced, and all go on through the new one. One pass, any wiring.
+Only one thread runs at any time, in a fixed order, so results don't depend on scheduling.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Visit = Callable[[str, list[int], list[Tensor]], nn.Module]
+
+
+class _Stop(BaseException):
+    """Ends a forward pass whose rest is not needed; no handler of ``Exception`` in a model may swallow it."""
+
+
+class _Runner:
+    """One batch's forward pass in its own thread, run and halted by hand."""
+
+    def __init__(self, index: int, forward: Callable[[], Any], stack: _Current) -> None:
+        self.index = index
+        self.waiting: tuple[str, Tensor] | None = None
+        self.finished = False
+        self.error: BaseException | None = None
+        self.answer: nn.Module | None = None
+        self._forward = forward
+        self._current = stack
+        self._go = threading.Semaphore(0)
+        self._halted = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"isogrid-calibration-{index}")
+        self._started = False
+
+    def _run(self) -> None:
+        self._go.acquire()
+        self._current.runner = self
+        try:
+            with torch.no_grad():
+                self._forward()
+        except _Stop:
+            pass
+        except BaseException as error:  # carried over to the thread that asked
+            self.error = error
+        self.finished = True
+        self._halted.release()
+
+    def resume(self, answer: nn.Module | None = None) -> None:
+        """Run until the next halt or the end."""
+        self.answer, self.waiting = answer, None
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        self._go.release()
+        self._halted.acquire()
+        if self.finished:
+            self._thread.join()
+
+    def halt(self, name: str, x: Tensor) -> nn.Module:
+        """Called inside the forward pass: wait at a layer; returns the module that takes its place."""
+        self.waiting = (name, x)
+        self._halted.release()
+        self._go.acquire()
+        if self.answer is None:
+            raise _Stop
+        return self.answer
+
+
+class _Current(threading.local):
+    """The runner of this thread; None outside of one."""
+
+    runner: _Runner | None = None
+
+
+def lockstep(
+    model: nn.Module,
+    forwards: Sequence[Callable[[], Any]],
+    layers: Mapping[str, nn.Module],
+    visit: Visit,
+) -> set[str]:
+    """Run all forward passes, calling ``visit`` once for each selected layer.
+
+    Args:
+        model: the model whose layers are replaced in place, one after the other.
+        forwards: one callable per batch; each runs the model on it.
+        layers: name to module; the modules must be in the model under these names.
+        visit: ``(name, batch indices, inputs) -> module that takes the layer's place`` (it may be the layer itself).
+            Inputs are in batch order; the layer's input is its first positional argument.
+
+    Returns:
+        Names of the layers that were visited; the others were reached by no batch.
+
+    Raises whatever a forward pass or ``visit`` raises; layers replaced until then stay replaced.
+    """
+    current = _Current()
+    replaced: dict[str, nn.Module] = {}
+
+    def gate(name: str, layer: nn.Module) -> Callable[..., Any]:
+        own_forward = layer.forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            runner = current.runner
+            module = replaced.get(name) if name in replaced or runner is None else runner.halt(name, x)
+            if module is None or module is layer:
+                return own_forward(x, *args, **kwargs)
+            return module(x, *args, **kwargs)
+
+        return forward
+
+    for name, layer in layers.items():
+        layer.forward = gate(name, layer)  # type: ignore[method-assign]
+    runners = [_Runner(index, forward, current) for index, forward in enumerate(forwards)]
+
+    def check(runner: _Runner) -> None:
+        if runner.error is not None:
+            raise runner.error
+
+    try:
+        for runner in runners:
+            runner.resume()
+            check(runner)
+        while len(replaced) < len(layers):
+            halted = [runner for runner in runners if runner.waiting is not None]
+            if not halted:
+                break
+            # Where batches took different ways (experts), the layer that most of them wait for goes first.
+            names = [runner.waiting[0] for runner in halted if runner.waiting is not None]
+            name = max(dict.fromkeys(names), key=names.count)
+            here = [runner for runner in halted if runner.waiting is not None and runner.waiting[0] == name]
+            inputs = [runner.waiting[1] for runner in here if runner.waiting is not None]
+            new = visit(name, [runner.index for runner in here], inputs)
+            del inputs
+            if new is not layers[name]:
+                model.set_submodule(name, new)
+            replaced[name] = new
+            if len(replaced) == len(layers):
+                break
+            for runner in here:
+                runner.resume(new)
+                check(runner)
+    finally:
+        for runner in runners:
+            if runner.waiting is not None:
+                runner.resume(None)
+        for layer in layers.values():
+            layer.__dict__.pop("forward", None)
+    return set(replaced)

@@ -1,0 +1,150 @@
+"""What a compression did, as numbers that can be checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from isogrid.formats import Format
+from isogrid.linear import StructuredLinear
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One rewritten layer.
+
+    Attributes:
+        name: its name in the model.
+        format: the member of the format it is held in.
+        out_features: rows of its matrix.
+        in_features: columns of its matrix.
+        parameters: trained numbers of the format, without the bias.
+        dense_parameters: out · in.
+        error: relative output error ``||(W - V) M^½|| / ||W M^½||`` on the calibration moments, or the relative
+            Frobenius error of a plain fit.
+        calibrated: whether the fit knew the layer's inputs.
+        rows: calibration rows, or None.
+        bias_moved: whether the fit moved the mean error into the bias.
+        seconds: time of the fit.
+    """
+
+    name: str
+    format: Format
+    out_features: int
+    in_features: int
+    parameters: int
+    dense_parameters: int
+    error: float
+    calibrated: bool
+    rows: int | None
+    bias_moved: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, with the short names that tables use."""
+        return {
+            "name": self.name,
+            "format": self.format.label(),
+            "out": self.out_features,
+            "in": self.in_features,
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+            "error": self.error,
+            "calibrated": self.calibrated,
+            "rows": self.rows,
+            "bias_moved": self.bias_moved,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass
+class CompressionReport:
+    """What `compress` did to a model.
+
+    Attributes:
+        format: the format asked for.
+        requested_keep: fraction of the selected dense parameters asked for.
+        layers: the rewritten layers, in the order they were fitted.
+        model_bytes: bytes of all tensors of the whole model now, shared ones once: what its file holds.
+        dense_model_bytes: the same before.
+        model_parameters: parameters of the whole model now.
+        dense_model_parameters: the same before.
+        seconds: time of the whole compression.
+        calibration: what the fits were calibrated on, in words; None for plain fits.
+        warnings: what the user should know; also raised as `IsogridWarning`.
+    """
+
+    format: Format
+    requested_keep: float
+    layers: list[LayerReport] = field(default_factory=list)
+    model_bytes: int = 0
+    dense_model_bytes: int = 0
+    model_parameters: int = 0
+    dense_model_parameters: int = 0
+    seconds: float = 0.0
+    calibration: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in the selected matrices now."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the selected matrices before."""
+        return sum(layer.dense_parameters for layer in self.layers)
+
+    @property
+    def achieved_keep(self) -> float:
+        """``parameters / dense_parameters``."""
+        return self.parameters / self.dense_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able, all numbers included."""
+        return {
+            "format": self.format.to_dict(),
+            "label": self.format.label(),
+            "requested_keep": self.requested_keep,
+            "achieved_keep": self.achieved_keep,
+            "parameters": self.parameters,
+            "dense_parameters": self.dense_parameters,
+            "model_bytes": self.model_bytes,
+            "dense_model_bytes": self.dense_model_bytes,
+            "model_parameters": self.model_parameters,
+            "dense_model_parameters": self.dense_model_parameters,
+            "seconds": self.seconds,
+            "calibration": self.calibration,
+            "warnings": list(self.warnings),
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def __str__(self) -> str:
+        errors = sorted(layer.error for layer in self.layers)
+        how = f"calibrated on {self.calibration}" if self.calibration else "plain fits"
+        return (
+            f"{len(self.layers)} layers as {self.format.label()}: kept {self.achieved_keep:.4f} of their parameters "
+            f"(asked for {self.requested_keep:g}), whole model {self.dense_model_bytes / 1e6:.1f} -> "
+            f"{self.model_bytes / 1e6:.1f} MB, median layer error {errors[len(errors) // 2]:.4f}, {how}, "
+            f"{self.seconds:.1f} s"
+        )
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the tensors that a checkpoint of the model holds; shared tensors count once."""
+    seen: dict[int, int] = {}
+    for value in model.state_dict(keep_vars=True).values():
+        seen[id(value)] = value.nbytes
+    return sum(seen.values())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trained numbers of the whole model, shared ones once."""
+    return sum(value.numel() for value in model.parameters())
+
+
+def structured_layers(model: nn.Module) -> dict[str, StructuredLinear]:
+    """The structured layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
