@@ -14,13 +14,8 @@ from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
 # Reading these of a dense view costs nothing; everything else needs the numbers.
 _METADATA: frozenset[Any] = frozenset(
     {
-        torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.layout.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
-        torch.Tensor.is_meta.__get__,  # type: ignore[attr-defined]
+        *(vars(torch._C.TensorBase)[name].__get__ for name in ("dtype", "device", "shape", "ndim", "layout")),
+        *(vars(torch._C.TensorBase)[name].__get__ for name in ("is_cuda", "is_meta")),
         torch.Tensor.size,
         torch.Tensor.dim,
         torch.Tensor.numel,
@@ -46,7 +41,7 @@ class DenseView(torch.Tensor):
         view = torch.Tensor._make_wrapper_subclass(
             cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
         )
-        view._materialize = layer.dense  # type: ignore[attr-defined]
+        view._materialize = layer.dense
         return view
 
     @classmethod
@@ -320,5 +315,5 @@ def linear_matrix(module: nn.Module) -> Tensor:
     if isinstance(module, nn.Linear):
         return module.weight.detach()
     if _is_conv1d(module):
-        return module.weight.detach().mT  # type: ignore[union-attr,operator]
+        return module.weight.detach().mT  # type: ignore[operator]
     raise IsogridError(f"expected nn.Linear or transformers' Conv1D, got {type(module).__name__}")

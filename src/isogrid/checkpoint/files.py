@@ -33,7 +33,7 @@ from isogrid.errors import CheckpointError, IsogridError
 from isogrid.linear import StructuredLinear
 
 
-def save(model: nn.Module, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
+def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
     """Write a model to a folder: ``config.json`` and ``model.safetensors``, nothing pickled.
 
     Args:

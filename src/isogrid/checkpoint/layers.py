@@ -7,7 +7,7 @@ structured layer. Its ``model.safetensors`` holds the factors under ``<layer>.<f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,9 +111,7 @@ def _parse_entry(name: str, entry: Any, source: str) -> LayerEntry:
     return parsed
 
 
-def attach_layers(
-    model: nn.Module, layers: Mapping[str, LayerEntry], source: str, *, absent_ok: Iterable[str] = ()
-) -> dict[str, str]:
+def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: str) -> dict[str, str]:
     """Put empty structured layers (meta device) in the places of a dense model's linear layers.
 
     Names may carry or lack the prefix of a base model, as transformers' own names do.
@@ -122,7 +120,6 @@ def attach_layers(
         model: the dense skeleton; changed in place, unless something is wrong.
         layers: what the checkpoint describes.
         source: where it lies, for messages.
-        absent_ok: prefixes of layers that this model may lack (the head, when only the base model is loaded).
 
     Returns:
         Stored name to name in this model.
@@ -135,7 +132,8 @@ def attach_layers(
     for name, entry in layers.items():
         place = _find_layer(model, name, prefix)
         if place is None:
-            if (prefix and not name.startswith(f"{prefix}.")) or any(name.startswith(start) for start in absent_ok):
+            if prefix and not name.startswith(f"{prefix}."):
+                # a layer of a head that this model doesn't have
                 continue
             raise CheckpointError(
                 f"{source}: layer {name!r} is not in {type(model).__name__}; the checkpoint belongs to another model"
@@ -143,8 +141,8 @@ def attach_layers(
         shape = tuple(linear_matrix(model.get_submodule(place)).shape)
         if shape != (entry.out_features, entry.in_features):
             raise CheckpointError(
-                f"{source}: layer {name!r} is {entry.out_features} x {entry.in_features}, in {type(model).__name__} it is "
-                f"{shape[0]} x {shape[1]}; the checkpoint belongs to another model"
+                f"{source}: layer {name!r} is {entry.out_features} x {entry.in_features}, in {type(model).__name__} "
+                f"it is {shape[0]} x {shape[1]}; the checkpoint belongs to another model"
             )
         resolved[name] = place
     if layers and not resolved:

@@ -84,6 +84,7 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
     """
     if isinstance(calibration, str):
         calibration = _windows(calibration, _required(tokenizer), length)
+    batches: list[Any]
     if isinstance(calibration, Tensor):
         rows = calibration.shape[0]
         per_row = calibration.shape[1] if calibration.ndim == 2 and not calibration.is_floating_point() else 1

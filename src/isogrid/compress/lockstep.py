@@ -115,7 +115,7 @@ def lockstep(
         return forward
 
     for name, layer in layers.items():
-        layer.forward = gate(name, layer)  # type: ignore[method-assign]
+        layer.forward = gate(name, layer)
     runners = [_Runner(index, forward, current) for index, forward in enumerate(forwards)]
 
     def check(runner: _Runner) -> None:

@@ -44,9 +44,9 @@ def compress(
         model: any module with ``nn.Linear`` or transformers ``Conv1D`` inside. Its mode and dtype are kept.
         format: a `Format`, its name (``"monarch(blocks=8)"``) or its description; its size is chosen by ``keep``.
         keep: fraction in (0, 1) of the selected dense parameters; every layer gets this share, rounded down.
-        calibration: None for plain fits of the matrices; else data on which to keep the layers' *outputs* (batches, a
-            tensor of token windows, texts: see `as_batches`), or `Moments` measured before. With data, layers are fitted
-            in order, each on the inputs that it gets from the layers already compressed.
+        calibration: None for plain fits of the matrices; else data on which to keep the layers' *outputs* (batches,
+            a tensor of token windows, texts: see `as_batches`), or `Moments` measured before. With data, layers are
+            fitted in order, each on the inputs that it gets from the layers already compressed.
         tokenizer: for texts.
         length: window length in tokens, for texts.
         select: patterns of layer names; None: the linear layers of the repeated blocks (see `select_layers`).
@@ -115,7 +115,7 @@ def _fit_in_order(
     batches: list[Any],
     fit: Callable[[str, Metric | None], StructuredLinear],
 ) -> int:
-    """Fit each layer when all batches have reached it; layers with the same input share its metric. Returns the rows."""
+    """Fit each layer when all batches have reached it; layers of one input share its metric. Returns the rows."""
     most_rows = 0
     last: tuple[list[int], list[Tensor], list[int], Metric] | None = None
 
@@ -147,7 +147,7 @@ def _fit_in_order(
 
 def _fit_layer(
     name: str,
-    linear: nn.Module,
+    linear: Any,
     fmt: Format,
     metric: Metric | None,
     generator: torch.Generator,
@@ -164,13 +164,13 @@ def _fit_layer(
         factors = fmt.fit(matrix, cost_of_errors, generator=generator, **options)
     except IsogridError as error:
         raise IsogridError(f"layer {name!r}: {error}") from error
-    error = matrix.to(torch.float64) - fmt.dense(factors, out_features, in_features).to(torch.float64)
+    residual = matrix.to(torch.float64) - fmt.dense(factors, out_features, in_features).to(torch.float64)
     new_bias = None if bias is None else bias.detach().clone()
     if moves_bias and new_bias is not None and metric is not None and metric.mean is not None:
-        shift = error @ metric.mean.to(error.device)
+        shift = residual @ metric.mean.to(residual.device)
         new_bias = (new_bias.to(torch.float64) + shift).to(new_bias.dtype)
     whole = squared_norm(matrix, cost_of_errors)
-    relative = (squared_norm(error, cost_of_errors) / whole) ** 0.5 if whole > 0 else 0.0
+    relative = (squared_norm(residual, cost_of_errors) / whole) ** 0.5 if whole > 0 else 0.0
     layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
     layer.requires_grad_(linear.weight.requires_grad)
     layer.train(linear.training)
@@ -211,7 +211,7 @@ def _warnings(report: CompressionReport) -> list[str]:
     if few:
         worst = min(few, key=lambda layer: (layer.rows or 0) / layer.in_features)
         out.append(
-            f"{len(few)} layers have fewer calibration rows than inputs, the worst {worst.name!r} ({worst.rows} rows for "
-            f"{worst.in_features} inputs): their fits follow the sample, not the data; give at least 8 times as many"
+            f"{len(few)} layers have fewer calibration rows than inputs, the worst {worst.name!r} ({worst.rows} "
+            f"rows for {worst.in_features} inputs): these fits follow the sample; give 8 times as many"
         )
     return out

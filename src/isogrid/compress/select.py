@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -21,15 +22,15 @@ def select_layers(
     Args:
         model: any module with ``nn.Linear`` or transformers ``Conv1D`` inside.
         select: patterns of layer names: shell wildcards over the whole name (``"*.mlp.*"``) or a last name
-            (``"q_proj"``). None: the layers inside the model's repeated blocks (an ``nn.ModuleList`` or
-            ``nn.Sequential`` of them in a transformers model), which is what the field's ratios count; in a model without
-            blocks all linear layers. ``"*"`` takes every linear layer.
+            (``"q_proj"``). None: the layers inside the model's repeated blocks (its ``nn.ModuleList``s), which is
+            what the field's ratios count; in a model without blocks all linear layers. ``"*"`` takes every layer.
         skip: patterns of layers to leave alone.
 
     Layers whose weight is shared with another module (tied heads) and output heads are never taken by default.
 
     Raises:
-        IsogridError: a pattern matches no layer (near names are suggested), a selected layer is tied, or nothing is left.
+        IsogridError: a pattern matches no layer (near names are suggested), a selected layer is tied, or nothing is
+            left.
     """
     linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
     if not linear:
@@ -72,7 +73,7 @@ def _is_wildcard_only(patterns: str | Iterable[str], name: str) -> bool:
     return not any(pattern in (name, name.rpartition(".")[2]) for pattern in wanted)
 
 
-def _in_blocks(model: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
+def _in_blocks(model: Any, linear: dict[str, nn.Module]) -> list[str]:
     """Layers inside repeated blocks; all of them where there are no blocks. Output heads stay out."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     blocks = tuple(
@@ -82,7 +83,7 @@ def _in_blocks(model: nn.Module, linear: dict[str, nn.Module]) -> list[str]:
     return [name for name in (inside or linear) if linear[name] is not head]
 
 
-def _tied(model: nn.Module, linear: dict[str, nn.Module]) -> set[str]:
+def _tied(model: Any, linear: dict[str, nn.Module]) -> set[str]:
     """Layers whose module or weight is reached by more than one name."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     weights = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))

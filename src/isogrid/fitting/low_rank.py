@@ -79,7 +79,7 @@ def low_rank(
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the columns of orthonormal ``left (..., m, k)`` against the rows of ``right (..., k, n)`` to equal norms."""
+    """Orthonormal ``left (..., m, k)`` and ``right (..., k, n)``, column i scaled against row i to equal norms."""
     norms = right.norm(dim=-1)  # (..., k)
     scale = torch.where(norms > norms.amax(-1, keepdim=True) * 1e-14, norms, torch.ones_like(norms)).sqrt()
     return left * scale.unsqueeze(-2), right / scale.unsqueeze(-1)

@@ -90,7 +90,7 @@ class Metric:
 
     @cached_property
     def centred(self) -> Metric:
-        """The metric of ``x - E x``: what errors cost when a bias takes up the mean error. Itself if no mean is known."""
+        """The metric of ``x - E x``: what errors cost when a bias takes up their mean. Itself if no mean is known."""
         if self.mean is None:
             return self
         moment = self.moment - torch.outer(self.mean, self.mean)

@@ -22,7 +22,7 @@ JOINT_CHUNK = 2**25
 
 
 def project_slices(blocks: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """Best approximation of every slice ``(A, C, s, p)`` by rank ``ranks[a, c]``: one batched SVD (Dao et al. 2022, Thm 1).
+    """Best approximation of every slice ``(A, C, s, p)`` by rank ``ranks[a, c]``: an SVD each (Dao et al. 2022, Thm 1).
 
     Returns ``left (A, C, s, b)`` and ``right (A, C, b, p)``, balanced, with ``b = ranks.max()``; columns and rows
     beyond a slice's own rank are zero.
@@ -98,7 +98,7 @@ def _rank_mask(ranks: Tensor, width: int) -> Tensor:
 
 
 def _truncate(weighted: Tensor, roots: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    """``left · right`` nearest to ``weighted · roots⁻¹`` under the metric with those roots, batched with mixed ranks."""
+    """``left · right`` nearest to ``weighted · roots⁻¹`` under the metric with those roots; batched, mixed ranks."""
     width = min(int(ranks.max()), *weighted.shape[-2:])
     left = leading_left(weighted, width) * _rank_mask(ranks, width).unsqueeze(-2)
     return left, torch.linalg.solve_triangular(roots, left.mT @ weighted, upper=False, left=False)

@@ -418,7 +418,8 @@ class Format(ABC):
         parts = []
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if value != f.default:
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if value != default:
                 parts.append(value.label() if isinstance(value, Format) else f"{f.name}={_label(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
@@ -430,8 +431,8 @@ class Format(ABC):
     def _too_small(self, out_features: int, in_features: int, budget: Budget, cost: Cost) -> str:
         share = cost.parameters / (out_features * in_features)
         return (
-            f"{self.label()}: the smallest {out_features} x {in_features} member takes {budget.amount(cost)} of the "
-            f"{budget} allowed; keep at least {math.ceil(share * 1000) / 1000:g} of this matrix or choose another format"
+            f"{self.label()}: the smallest {out_features} x {in_features} member takes {budget.amount(cost)}, "
+            f"the budget is {budget}; keep at least {math.ceil(share * 1000) / 1000:g} of it, or choose another format"
         )
 
 

@@ -151,7 +151,7 @@ class BlockTensorTrain(Format):
 
 
 def balanced_pair(n: int) -> tuple[int, int]:
-    """(small, large): the divisor pair nearest the root of the smallest size from n up whose sides differ at most 4-fold."""
+    """(small, large): divisor pair nearest the root, of the first size from n up whose sides differ at most 4-fold."""
     while True:
         small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
         if n // small <= WORST_SKEW * small:

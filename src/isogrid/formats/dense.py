@@ -1,4 +1,4 @@
-"""The dense matrix itself: the reference every other format is compared with, and a layer an allocation leaves alone."""
+"""The dense matrix itself: the reference of every other format, and what an allocation leaves alone."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class LowRankLight(Format):
     """``W[:, order] = left · [I | rest]``: rank · (out + in - rank) parameters and one permutation of the inputs.
 
     ``rank`` chosen inputs pass straight through, the others are added to them through ``rest``; then ``left`` mixes
-    (Camenisch 2025). Never larger than dense, and equal to it at full rank. The chosen inputs make the entries of ``rest`` at
-    most about one in size, so the form loses no precision against low rank.
+    (Camenisch 2025). Never larger than dense, and equal to it at full rank. The inputs are chosen so that no entry of
+    ``rest`` is much larger than one: the form loses no precision against low rank.
 
     Attributes:
         rank: number of inputs that pass through; None until `sized`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,7 +34,7 @@ class Permuted(Format):
         inner: the format within.
     """
 
-    inner: Format = Monarch()
+    inner: Format = field(default_factory=Monarch)
 
     name: ClassVar[str] = "permuted"
     traits: ClassVar[Traits] = Traits(linear_in_factors=True)

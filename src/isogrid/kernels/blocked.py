@@ -20,7 +20,7 @@ def two_stage(x: Tensor, first: Tensor, second: Tensor, *, interleave: bool) -> 
     The intermediate is kept feature-major, ``(hidden, rows)``: then the permutation between the stages is a
     stride, never a copy, and one transposition at the end is the only data movement.
     """
-    k, q, p = first.shape
+    k, _, p = first.shape  # (k, q, p)
     l, s, r = second.shape  # noqa: E741 - the field's letter for the second number of blocks
     rows = x.reshape(-1, k, p)  # (rows, k, p)
     hidden = torch.bmm(first, rows.permute(1, 2, 0))  # (k, q, rows), contiguous
