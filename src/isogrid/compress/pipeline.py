@@ -88,8 +88,14 @@ def compress(
             report.calibration = f"{calibration.rows} rows, {calibration.source}"
             if not layers.keys() & calibration.metrics.keys():
                 raise IsogridError("these moments know none of the selected layers; measure them on this model")
+            source: Metric | None = None
+            working: Metric | None = None
             for name in layers:
-                model.set_submodule(name, fit(name, calibration.metrics.get(name)))
+                known = calibration.metrics.get(name)
+                if known is not source:
+                    # Roots are three times the size of a moment: they live only while layers of this input are fitted.
+                    source, working = known, None if known is None else known.fresh()
+                model.set_submodule(name, fit(name, working))
         else:
             batches = as_batches(calibration, tokenizer, length)
             rows = _fit_in_order(model, layers, batches, fit)

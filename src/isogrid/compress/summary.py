@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from isogrid.formats import Format
-from isogrid.linear import StructuredLinear
+from isogrid.linear import StructuredLinear, linear_matrix
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,11 @@ def stored_bytes(model: nn.Module) -> int:
 def count_parameters(model: nn.Module) -> int:
     """Trained numbers of the whole model, shared ones once."""
     return sum(value.numel() for value in model.parameters())
+
+
+def dense_parameters(layers: Mapping[str, nn.Module]) -> int:
+    """Numbers in the matrices of linear layers, biases left out: what ``keep`` is a fraction of."""
+    return sum(linear_matrix(layer).numel() for layer in layers.values())
 
 
 def structured_layers(model: nn.Module) -> dict[str, StructuredLinear]:

@@ -1,0 +1,29 @@
+"""Real data and pretrained models by name: texts, sentence pairs, photographs, and models that packages carry."""
+
+from isogrid.data.images import load_photographs, open_photographs, prepare_image
+from isogrid.data.lookup import DATASETS, DatasetNotFoundError, data_folders, find_dataset
+from isogrid.data.pairs import SentencePairs, load_sts
+from isogrid.data.pretrained import PRETRAINED, Pretrained, load_pretrained, pretrained_folder
+from isogrid.data.stories260k import StoriesTokenizer, load_stories260k
+from isogrid.data.text import TEXTS, load_text, token_windows
+
+__all__ = [
+    "DATASETS",
+    "PRETRAINED",
+    "TEXTS",
+    "DatasetNotFoundError",
+    "Pretrained",
+    "SentencePairs",
+    "StoriesTokenizer",
+    "data_folders",
+    "find_dataset",
+    "load_photographs",
+    "load_pretrained",
+    "load_stories260k",
+    "load_sts",
+    "load_text",
+    "open_photographs",
+    "prepare_image",
+    "pretrained_folder",
+    "token_windows",
+]

@@ -1,0 +1,19 @@
+"""Measuring a model: perplexity, sentence similarity, saliency maps, time and memory."""
+
+from isogrid.evaluation.heatmap import heatmap_fidelity, heatmaps
+from isogrid.evaluation.latency import Timing, interleaved_medians, peak_memory_bytes
+from isogrid.evaluation.perplexity import Perplexity, perplexity
+from isogrid.evaluation.sts import embed_sentences, spearman, sts_spearman
+
+__all__ = [
+    "Perplexity",
+    "Timing",
+    "embed_sentences",
+    "heatmap_fidelity",
+    "heatmaps",
+    "interleaved_medians",
+    "peak_memory_bytes",
+    "perplexity",
+    "spearman",
+    "sts_spearman",
+]

@@ -116,6 +116,10 @@ class Metric:
         error = error.to(torch.float64)
         return max(float(((error @ self.matrix) * error).sum()), 0.0)
 
+    def fresh(self) -> Metric:
+        """The same moment without the roots computed so far: they go with this copy when it goes."""
+        return Metric(self.moment, mean=self.mean, rows=self.rows, damping=self.damping)
+
     def to(self, device: torch.device | str) -> Metric:
         """The metric on another device; itself when it is there."""
         if self.moment.device == torch.device(device):

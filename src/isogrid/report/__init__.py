@@ -1,0 +1,51 @@
+"""Tables, figures and the page of a compression: plain dicts in, text and pictures out.
+
+The shape of the dict stands in `isogrid.report.tables`. Figures and the page need ``pip install "isogrid[demo]"``;
+matplotlib and jinja2 are imported by the first function that draws with them.
+"""
+
+from isogrid.report.figures import error_per_layer, quality_against_size, save_figure
+from isogrid.report.files import read_json, replace_file, write_json
+from isogrid.report.machine import describe_machine, today
+from isogrid.report.page import write_page, write_report
+from isogrid.report.progress import progress
+from isogrid.report.tables import (
+    best_rows,
+    console_table,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_keep,
+    format_percent,
+    format_quality,
+    layer_table,
+    markdown_page,
+    markdown_table,
+    table_columns,
+)
+
+__all__ = [
+    "best_rows",
+    "console_table",
+    "describe_machine",
+    "error_per_layer",
+    "format_bytes",
+    "format_count",
+    "format_duration",
+    "format_keep",
+    "format_percent",
+    "format_quality",
+    "layer_table",
+    "markdown_page",
+    "markdown_table",
+    "progress",
+    "quality_against_size",
+    "read_json",
+    "replace_file",
+    "save_figure",
+    "table_columns",
+    "today",
+    "write_json",
+    "write_page",
+    "write_report",
+]

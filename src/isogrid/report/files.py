@@ -1,0 +1,107 @@
+"""Files that are whole or absent: written beside their place and renamed into it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isogrid.errors import IsogridError
+
+# JSON has no inf and nan: they are written as strings, and a string that reads like one gets a backslash in front.
+NOT_FINITE = re.compile(r"\\*(nan|-?inf)")
+
+
+def replace_file(path: str | Path, content: bytes) -> Path:
+    """Put ``content`` at ``path``; a reader sees the old file or the new one, never a part.
+
+    Missing parent folders are made. When anything fails, the old file stays as it was and nothing is left beside it.
+
+    Args:
+        path: where the file shall stand.
+        content: its bytes.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, because a rename is atomic only within one file system.
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with beside.open("xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def write_json(data: Mapping[str, Any], path: str | Path) -> Path:
+    """Write the data of a table as standard JSON, whole or not at all; `read_json` gives back the same dict.
+
+    Args:
+        data: dicts, lists, strings, numbers, booleans, None. Infinite and undefined numbers become strings.
+        path: the file; missing folders are made.
+
+    Raises:
+        IsogridError: something in the data is not plain; the message names its place. The old file stays.
+        OSError: the file cannot be written.
+    """
+    text = json.dumps(_encoded(data, "data"), indent=2, ensure_ascii=False, allow_nan=False)
+    return replace_file(path, f"{text}\n".encode())
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read what `write_json` wrote.
+
+    Raises:
+        IsogridError: the file is not JSON, or holds no object.
+        OSError: the file cannot be read.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IsogridError(f"{path}: not JSON ({error}); write it with isogrid.report.write_json") from error
+    if not isinstance(data, dict):
+        raise IsogridError(f"{path}: holds a {type(data).__name__}; the data of a table is an object")
+    return {key: _decoded(value) for key, value in data.items()}
+
+
+def _encoded(value: object, place: str) -> object:
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise IsogridError(f"{place}: key {key!r} is a {type(key).__name__}; JSON takes strings as keys")
+        return {key: _encoded(item, f"{place}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encoded(item, f"{place}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, str):
+        return f"\\{value}" if NOT_FINITE.fullmatch(value) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, bool | int):
+        return value
+    raise IsogridError(
+        f"{place} is a {type(value).__name__}; convert it to a number, string, list or dict (tensors: .item())"
+    )
+
+
+def _decoded(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _decoded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decoded(item) for item in value]
+    if isinstance(value, str) and NOT_FINITE.fullmatch(value):
+        return value[1:] if value.startswith("\\") else float(value)
+    return value

@@ -1,0 +1,258 @@
+"""The page of a compression, one HTML file that needs nothing else, and the folder of everything a command writes."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from isogrid.errors import IsogridError
+from isogrid.report.figures import error_per_layer, png_bytes, quality_against_size, save_figure
+from isogrid.report.files import replace_file, write_json
+from isogrid.report.tables import (
+    Column,
+    Data,
+    Row,
+    T,
+    all_rows,
+    best_rows,
+    format_bytes,
+    format_count,
+    format_keep,
+    format_percent,
+    format_quality,
+    layer_columns,
+    layer_totals,
+    lower_is_better,
+    markdown_page,
+    plain,
+    quality_name,
+    requested_keeps,
+    row_name,
+    table_columns,
+    table_legend,
+    warnings_of,
+)
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
+    """Write everything a command leaves of a table, each file whole or not at all.
+
+    The numbers come first: where matplotlib or jinja2 is missing, ``data.json``, ``table.md`` and ``command.txt`` are
+    written before the error is raised.
+
+    Args:
+        data: the data of a table (see `isogrid.report.tables`).
+        folder: where to; it is made when missing.
+
+    Returns:
+        The paths by file name: ``data.json``, ``table.md``, ``command.txt``, ``quality.png``, ``errors.png``,
+        ``report.html``.
+
+    Raises:
+        IsogridError: the data lacks ``dense``, ``rows`` or a label, or is not plain; or an extra is missing.
+        OSError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    table = markdown_page(data)
+    return {
+        "data.json": write_json(data, folder / "data.json"),
+        "table.md": replace_file(folder / "table.md", table.encode()),
+        "command.txt": replace_file(folder / "command.txt", f"{data.get('command') or ''}\n".encode()),
+        "quality.png": save_figure(quality_against_size(data), folder / "quality.png"),
+        "errors.png": save_figure(error_per_layer(data), folder / "errors.png"),
+        "report.html": write_page(data, folder / "report.html"),
+    }
+
+
+def write_page(data: Data, path: str | Path) -> Path:
+    """Write one self-contained HTML page: summary, figures, table, layers, settings, machine, command, warnings.
+
+    It asks the network for nothing and runs no script, so it can be mailed, archived and read offline.
+
+    Args:
+        data: the data of a table (see `isogrid.report.tables`).
+        path: the file, written whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        IsogridError: the data lacks ``dense``, ``rows`` or a label; or matplotlib or jinja2 is missing.
+        OSError: the file cannot be written.
+    """
+    template = _template()
+    facts = [(name, str(data[name])) for name in ("model", "created") if data.get(name)]
+    best = best_rows(data)
+    page = template.render(
+        title=str(data.get("title") or "Compression"),
+        facts=facts,
+        summary=summary(data),
+        headline=_headline(data),
+        table=_table(all_rows(data), table_columns(data), [row for row in best.values() if row is not None]),
+        legend=table_legend(data),
+        errors=_error_pictures(data),
+        details=[_detail(row) for row in all_rows(data)[1:] if row.get("layers")],
+        settings=[(name, plain(value)) for name, value in (data.get("settings") or {}).items()],
+        machine=[(name, plain(value)) for name, value in (data.get("machine") or {}).items()],
+        command=str(data.get("command") or ""),
+        notes=[str(note) for note in data.get("notes") or ()],
+        warnings=warnings_of(data),
+    )
+    return replace_file(path, page.encode())
+
+
+def summary(data: Data) -> str:
+    """The best row at each requested keep, in one sentence with dense as its measure."""
+    dense = all_rows(data)[0]
+    name, best = quality_name(data), best_rows(data)
+    if not best:
+        return f"The dense model's {name} is {format_quality(dense.get('quality'))}; no row asks for a smaller one."
+    parts = []
+    for keep, row in best.items():
+        if row is None:
+            parts.append(f"none with a finite number at keep {format_keep(keep)}")
+            continue
+        size = ""
+        if row.get("bytes") and dense.get("bytes"):
+            size = f" in {format_percent(row['bytes'] / dense['bytes'])} of the bytes"
+        calibrated = "calibrated " if row.get("calibrated") and "calibrated" not in row["label"].lower() else ""
+        parts.append(f"{calibrated}{row['label']} at keep {format_keep(keep)}, {format_quality(row['quality'])}{size}")
+    better = "lower is better" if lower_is_better(data) else "higher is better"
+    reference = f"dense {format_quality(dense['quality'])}, " if dense.get("quality") is not None else ""
+    return f"Best {name} ({reference}{better}): {'; '.join(parts)}."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the template is given
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure at two widths, as data URIs.
+
+    Attributes:
+        wide, narrow: for a desk and for a phone.
+        alt: what it shows, for those who cannot see it.
+        caption: the line below it.
+    """
+
+    wide: str
+    narrow: str
+    alt: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Cells as text. Attributes: heads, lines and totals with one cell a column; ``numeric`` and ``best`` are flags."""
+
+    heads: list[str]
+    numeric: list[bool]
+    lines: list[list[str]]
+    best: list[bool]
+    totals: list[str]
+
+
+@dataclass(frozen=True)
+class _Detail:
+    """A row's layers, folded away below its name."""
+
+    name: str
+    note: str
+    folder: str
+    table: _Table
+
+
+def _template() -> Template:
+    """The page's template; everything put into it is escaped.
+
+    Raises:
+        IsogridError: jinja2 is missing.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise IsogridError(f'the page needs jinja2 ({error}); pip install "isogrid[demo]"') from error
+    environment = Environment(
+        loader=PackageLoader("isogrid.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html")
+
+
+def _headline(data: Data) -> _Picture:
+    name = quality_name(data)
+    return _Picture(
+        wide=_data_uri(png_bytes(quality_against_size(data))),
+        narrow=_data_uri(png_bytes(quality_against_size(data, narrow=True))),
+        alt=f"{name} against the kept share of the selected parameters. {summary(data)}",
+        caption=f"{_capital(name)} against the kept share of the selected parameters; filled and solid: calibrated.",
+    )
+
+
+def _error_pictures(data: Data) -> list[_Picture]:
+    """One figure a requested keep that has layers, the smallest keep first, where errors are largest."""
+    rows = [row for row in all_rows(data)[1:] if row.get("layers")]
+    keeps: list[float | None] = [
+        keep for keep in reversed(requested_keeps(data)) if any(row.get("requested_keep") == keep for row in rows)
+    ]
+    if not keeps and rows:
+        keeps = [None]
+    pictures = []
+    for keep in keeps:
+        kept = "" if keep is None else f" at keep {format_keep(keep)}"
+        pictures.append(
+            _Picture(
+                wide=_data_uri(png_bytes(error_per_layer(data, keep=keep))),
+                narrow=_data_uri(png_bytes(error_per_layer(data, keep=keep, narrow=True))),
+                alt=f"Relative output error of each layer{kept}; the numbers stand in the tables of layers below.",
+                caption=f"Relative output error of each layer{kept}. 1 is the error of an output of zeros.",
+            )
+        )
+    return pictures
+
+
+def _detail(row: Row) -> _Detail:
+    layers = row["layers"]
+    keep = row.get("requested_keep")
+    errors = [layer["error"] for layer in layers if layer.get("error") is not None]
+    worst = max(errors, key=lambda error: math.inf if math.isnan(error) else error, default=None)
+    note = [] if keep is None else [f"keep {format_keep(keep)} asked"]
+    if row.get("achieved_keep") is not None:
+        note.append(f"{format_percent(row['achieved_keep'])} achieved")
+    if row.get("parameters") is not None:
+        note.append(f"{format_count(row['parameters'])} parameters")
+    if row.get("bytes") is not None:
+        note.append(format_bytes(row["bytes"]))
+    if worst is not None:
+        note.append(f"largest error {format_quality(worst)}")
+    table = _table(layers, layer_columns(), [], layer_totals(layers))
+    return _Detail(row_name(row), ", ".join(note), str(row.get("folder") or ""), table)
+
+
+def _table(rows: Sequence[T], columns: Sequence[Column[T]], best: Sequence[T], totals: Sequence[str] = ()) -> _Table:
+    return _Table(
+        heads=[column.title for column in columns],
+        numeric=[column.align == "right" for column in columns],
+        lines=[[column.text(row) for column in columns] for row in rows],
+        best=[any(row is winner for winner in best) for row in rows],
+        totals=list(totals),
+    )
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]

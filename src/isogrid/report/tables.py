@@ -1,0 +1,404 @@
+"""Compression tables for a terminal and for Markdown, and the numbers in them as people read them.
+
+Everything here reads one plain dict, the data of a table: keys ``title``, ``command``, ``model``, ``created``,
+``machine``, ``settings``, ``quality``, ``dense``, ``rows``, ``notes``. Only ``dense``, ``rows`` and the ``label`` of
+each row must be there; what is absent is shown as a dash, and a column that nothing fills is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from isogrid.errors import IsogridError
+
+Data = Mapping[str, Any]
+Row = Mapping[str, Any]
+Layer = Mapping[str, Any]
+T = TypeVar("T")
+
+ABSENT = "–"
+
+# An achieved share may pass the requested one by rounding only; beyond this it is said, and the row wins no comparison.
+KEEP_TOLERANCE = 0.001
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers for people
+
+
+def format_bytes(count: float | None) -> str:
+    """Decimal units, as disks and file managers count: ``215_300_000`` -> ``"215.3 MB"``."""
+    if count is None or not math.isfinite(count):
+        return _not_finite(count)
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= 0.99995 * size:  # 999_999 bytes are 1.0 MB, not 1000.0 kB
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_count(count: float | None) -> str:
+    """A number of parameters: exact below ten thousand, then ``"84.93 M"``."""
+    if count is None or not math.isfinite(count):
+        return _not_finite(count)
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if abs(count) >= 0.999995 * size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.2f} K" if abs(count) >= 1e4 else f"{count:,.0f}"
+
+
+def format_quality(value: float | None) -> str:
+    """Four digits or so at any size: ``0.8312``, ``31.40``, ``311.5``, ``1,204``, ``2.7e7``, ``inf``, ``nan``."""
+    if value is None or not math.isfinite(value):
+        return _not_finite(value)
+    size = abs(value)
+    if size >= 99_999.5:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    if size >= 999.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if size >= 99.995 else f"{value:.2f}" if size >= 1 else f"{value:.4f}"
+
+
+def format_gap(value: float | None) -> str:
+    """A difference of logarithms with its sign: ``"+0.123"``."""
+    return _not_finite(value) if value is None or not math.isfinite(value) else f"{value:+.3f}"
+
+
+def format_percent(fraction: float | None) -> str:
+    """A fraction: ``0.5`` -> ``"50.0%"``."""
+    return _not_finite(fraction) if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}%"
+
+
+def format_keep(keep: float | None) -> str:
+    """A requested share with no more digits than were asked for: ``"75%"``, ``"12.5%"``."""
+    return _not_finite(keep) if keep is None or not math.isfinite(keep) else f"{100 * keep:.5g}%"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Seconds in the unit a person would choose: ``"0.4 s"``, ``"42 s"``, ``"3.4 min"``, ``"2.1 h"``."""
+    if seconds is None or not math.isfinite(seconds):
+        return _not_finite(seconds)
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3597 else f"{seconds / 3600:.1f} h"
+
+
+def format_milliseconds(value: float | None) -> str:
+    """A latency: ``"12.3 ms"``."""
+    return _not_finite(value) if value is None or not math.isfinite(value) else f"{value:.1f} ms"
+
+
+def format_ratio(value: float | None) -> str:
+    """A speed as a multiple of another: ``"1.42×"``."""
+    return _not_finite(value) if value is None or not math.isfinite(value) else f"{value:.2f}×"
+
+
+def _not_finite(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the rows say
+
+
+def all_rows(data: Data) -> list[Row]:
+    """The dense row, then the others in their order.
+
+    Raises:
+        IsogridError: ``dense`` or ``rows`` is missing, or a row has no label.
+    """
+    for key, kind, example in (("dense", Mapping, "the dense model's row"), ("rows", Sequence, "a list of rows")):
+        if not isinstance(data.get(key), kind):
+            raise IsogridError(f"table {data.get('title', '')!r}: {key!r} is {data.get(key)!r}; give {example}")
+    others: list[Row] = list(data["rows"])
+    for index, row in enumerate(others):
+        if not isinstance(row, Mapping) or not row.get("label"):
+            raise IsogridError(f"table {data.get('title', '')!r}: rows[{index}] has no 'label'; name every row")
+    return [{"label": "dense", "format": "dense", **data["dense"]}, *others]
+
+
+def quality_name(data: Data) -> str:
+    """What the quality is called: ``"perplexity"``."""
+    return str((data.get("quality") or {}).get("name") or "quality")
+
+
+def lower_is_better(data: Data) -> bool:
+    """Whether a smaller quality number is the better one.
+
+    Raises:
+        IsogridError: ``quality["better"]`` is neither "lower" nor "higher".
+    """
+    better = (data.get("quality") or {}).get("better", "lower")
+    if better not in ("lower", "higher"):
+        raise IsogridError(f"quality {quality_name(data)!r}: better is {better!r}; write 'lower' or 'higher'")
+    return bool(better == "lower")
+
+
+def row_name(row: Row) -> str:
+    """The label, and whether the row is calibrated where its label leaves that open."""
+    label = str(row["label"])
+    return f"{label}, calibrated" if row.get("calibrated") and "calibrated" not in label.lower() else label
+
+
+def over_budget(row: Row) -> bool:
+    """Whether the row keeps more than was asked for."""
+    requested, achieved = row.get("requested_keep"), row.get("achieved_keep")
+    return requested is not None and achieved is not None and achieved > requested + KEEP_TOLERANCE
+
+
+def requested_keeps(data: Data) -> list[float]:
+    """The different requested shares, largest first."""
+    asked = {row.get("requested_keep") for row in all_rows(data)[1:]}
+    return sorted((keep for keep in asked if keep is not None), reverse=True)
+
+
+def best_rows(data: Data) -> dict[float, Row | None]:
+    """The row of best quality at each requested keep, largest keep first.
+
+    A row with no finite quality, or one that keeps more than was asked for, wins nothing; None where no row is left.
+    """
+    sign = 1 if lower_is_better(data) else -1
+    best: dict[float, Row | None] = {}
+    for keep in requested_keeps(data):
+        eligible = [
+            row
+            for row in all_rows(data)[1:]
+            if row.get("requested_keep") == keep
+            and row.get("quality") is not None
+            and math.isfinite(row["quality"])
+            and not over_budget(row)
+        ]
+        best[keep] = min(eligible, key=lambda row: sign * row["quality"], default=None)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Columns: what a table shows, once for terminal, Markdown and page
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """One column of a table.
+
+    Attributes:
+        title: its head.
+        text: the cell of a row.
+        align: "right" for numbers.
+        wide: shown only where there is room: in Markdown and on the page, not in a terminal.
+    """
+
+    title: str
+    text: Callable[[T], str]
+    align: Literal["left", "right"] = "right"
+    wide: bool = False
+
+
+def table_columns(data: Data) -> list[Column[Row]]:
+    """The columns of a compression table, less those in which no row has a value.
+
+    Requested and achieved keep stand side by side, because a format's sizes come in steps and a row may keep less than
+    it was allowed; "(over)" marks one that keeps more.
+    """
+    rows = all_rows(data)
+    better = "↓" if lower_is_better(data) else "↑"
+
+    def calibrated(row: Row) -> str:
+        value = None if row.get("format") == "dense" else row.get("calibrated")
+        return ABSENT if value is None else "yes" if value else "no"
+
+    def achieved(row: Row) -> str:
+        return format_percent(row.get("achieved_keep")) + (" (over)" if over_budget(row) else "")
+
+    # Where the labels are just the formats' names, a second column of them says nothing.
+    spelled = all(_words(row.get("format", "")) in ("", _words(row["label"])) for row in rows[1:])
+    columns: list[tuple[str, Column[Row]]] = [
+        ("label", Column("Matrices", lambda row: str(row["label"]), "left")),
+        ("" if spelled else "format", Column("Format", lambda row: str(row.get("format", ABSENT)), "left", wide=True)),
+        ("calibrated", Column("Calibrated", calibrated, "left")),
+        ("requested_keep", Column("Keep asked", lambda row: format_keep(row.get("requested_keep")))),
+        ("achieved_keep", Column("Keep achieved", achieved)),
+        ("parameters", Column("Parameters", lambda row: format_count(row.get("parameters")), wide=True)),
+        ("bytes", Column("Size", lambda row: format_bytes(row.get("bytes")))),
+        ("label", Column(f"{_capital(quality_name(data))} {better}", lambda row: format_quality(row.get("quality")))),
+        ("gap", Column("Gap", lambda row: format_gap(row.get("gap")))),
+        ("latency_ms", Column("Latency", lambda row: format_milliseconds(row.get("latency_ms")), wide=True)),
+        ("latency_ratio", Column("Speed", lambda row: format_ratio(row.get("latency_ratio")))),
+        ("seconds", Column("Time", lambda row: format_duration(row.get("seconds")))),
+        ("peak_memory", Column("Peak memory", lambda row: format_bytes(row.get("peak_memory")), wide=True)),
+    ]
+    return [column for key, column in columns if any(row.get(key) is not None for row in rows)]
+
+
+def table_legend(data: Data, *, wide: bool = True) -> str:
+    """What the columns of this table mean, in one line; ``wide=False`` for a terminal's fewer columns."""
+    shown = {column.title for column in table_columns(data) if wide or not column.wide}
+    better = "↓: lower is better" if lower_is_better(data) else "↑: higher is better"
+    said = [
+        ("Keep achieved", "Keep: share of the selected matrices' parameters, asked for and achieved"),
+        ("Parameters", "Parameters: of the selected matrices"),
+        ("Size", "Size: the whole model's tensors"),
+        (f"{_capital(quality_name(data))} {better[0]}", better),
+        ("Gap", "Gap: log(perplexity) − log(dense perplexity)" if quality_name(data) == "perplexity" else ""),
+        ("Speed", "Speed: dense time over this time"),
+        ("Time", "Time: of the compression"),
+    ]
+    parts = [text for title, text in said if title in shown and text]
+    if any(best_rows(data).values()):
+        parts.append("Bold: the best row at that keep")
+    return ". ".join(parts) + "."
+
+
+def layer_columns() -> list[Column[Layer]]:
+    """The columns of a table of layers."""
+
+    def shape(layer: Layer) -> str:
+        sizes = layer.get("out"), layer.get("in")
+        return ABSENT if None in sizes else "{} × {}".format(*sizes)
+
+    return [
+        Column("Layer", lambda layer: str(layer.get("name", ABSENT)), "left"),
+        Column("Format", lambda layer: str(layer.get("format", ABSENT)), "left"),
+        Column("Out\u00a0×\u00a0in", shape),
+        Column("Parameters", lambda layer: format_count(layer.get("parameters"))),
+        Column("Of dense", lambda layer: format_percent(_kept([layer]))),
+        Column("Relative error", lambda layer: format_quality(layer.get("error"))),
+    ]
+
+
+def layer_totals(layers: Sequence[Layer]) -> list[str]:
+    """The foot of a table of layers, one cell a column: how many, their parameters, their share of the dense ones."""
+    known = [layer["parameters"] for layer in layers if layer.get("parameters") is not None]
+    total = format_count(sum(known)) if known and len(known) == len(layers) else ABSENT
+    return [f"{len(layers)} layer{'' if len(layers) == 1 else 's'}", "", "", total, format_percent(_kept(layers)), ""]
+
+
+def _kept(layers: Sequence[Layer]) -> float | None:
+    """Share of the dense parameters that the layers hold, None where a number is missing."""
+    if not layers or any(layer.get("parameters") is None or not layer.get("dense_parameters") for layer in layers):
+        return None
+    return float(sum(layer["parameters"] for layer in layers) / sum(layer["dense_parameters"] for layer in layers))
+
+
+def _words(name: object) -> str:
+    return re.sub("[-_ ]+", " ", str(name)).lower()
+
+
+def _capital(name: str) -> str:
+    return name[:1].upper() + name[1:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminal and Markdown
+
+
+def console_table(data: Data) -> Table:
+    """The table for a terminal: dense first, the best row at each requested keep in bold.
+
+    It takes some 90 columns; in fewer the names of the rows wrap, the numbers never. Format, parameters, latency and
+    peak memory are left to `markdown_table` and the page, which have the room.
+
+    Raises:
+        IsogridError: ``dense``, ``rows`` or a label is missing.
+    """
+    title = Text(str(data.get("title", "")), style="bold")
+    caption = Text(table_legend(data, wide=False), style="dim")
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE)
+    table.padding, table.show_edge = 0, False
+    best = [id(row) for row in best_rows(data).values()]
+    columns = [column for column in table_columns(data) if not column.wide]
+    for index, column in enumerate(columns):
+        # Only names may wrap; a number over two lines is no number.
+        table.add_column(column.title.replace(" ", "\n"), justify=column.align, no_wrap=index > 0, overflow="fold")
+    for index, row in enumerate(all_rows(data)):
+        # Text, not str: a label like "[red]" is a label, not markup.
+        cells = [Text(column.text(row)) for column in columns]
+        table.add_row(*cells, style="bold" if id(row) in best else None, end_section=index == 0)
+    return table
+
+
+def layer_table(layers: Sequence[Layer]) -> Table:
+    """The layers of one row for a terminal: format, sizes, parameters, error; totals at the foot."""
+    table = Table(show_footer=True, box=box.SIMPLE, show_edge=False)
+    table.padding = (0, 1, 0, 0)
+    for column, total in zip(layer_columns(), layer_totals(layers), strict=True):
+        title = column.title.replace(" ", "\n")
+        table.add_column(title, footer=total, justify=column.align, no_wrap=column.align == "right", overflow="fold")
+    for layer in layers:
+        table.add_row(*(Text(column.text(layer)) for column in layer_columns()))
+    return table
+
+
+def markdown_table(data: Data) -> str:
+    """The table in GitHub's Markdown: dense first, numbers to the right, the best row at each requested keep in bold.
+
+    Returns:
+        Lines of equal width, the last one ended too, so the source reads as a table as well.
+
+    Raises:
+        IsogridError: ``dense``, ``rows`` or a label is missing.
+    """
+    columns = table_columns(data)
+    best = [id(row) for row in best_rows(data).values()]
+    lines = [[_escape_markdown(column.title) for column in columns]]
+    for row in all_rows(data):
+        cells = [_escape_markdown(column.text(row)) for column in columns]
+        lines.append([f"**{cell}**" if cell != ABSENT else cell for cell in cells] if id(row) in best else cells)
+    widths = [max(3, *(len(line[index]) for line in lines)) for index in range(len(columns))]
+    rules = ["-" * (width - 1) + (":" if c.align == "right" else "-") for c, width in zip(columns, widths, strict=True)]
+
+    def joined(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if column.align == "right" else cell.ljust(width)
+            for cell, column, width in zip(cells, columns, widths, strict=True)
+        )
+        return "| " + " | ".join(padded) + " |\n"
+
+    return "".join(joined(line) for line in (lines[0], rules, *lines[1:]))
+
+
+def markdown_page(data: Data) -> str:
+    """`markdown_table` with its title, the command that made it, its settings, notes and warnings."""
+    title = _escape_markdown(str(data.get("title") or "Compression"))
+    parts = [f"# {title}\n", markdown_table(data), f"{_escape_markdown(table_legend(data))}\n"]
+    facts = [(key, data[key]) for key in ("model", "created") if data.get(key)]
+    facts += [*(data.get("settings") or {}).items(), *(data.get("machine") or {}).items()]
+    if facts:
+        parts.append("".join(f"- {_escape_markdown(str(k))}: {_escape_markdown(plain(v))}\n" for k, v in facts))
+    remarks = [*(data.get("notes") or ()), *(f"{name}: {text}" for name, text in warnings_of(data))]
+    if remarks:
+        parts.append("".join(f"- {_escape_markdown(remark)}\n" for remark in remarks))
+    if data.get("command"):
+        # Indented, not fenced: no text can end the block.
+        parts.append("".join(f"    {line}\n" for line in str(data["command"]).splitlines()))
+    return "\n".join(parts)
+
+
+def warnings_of(data: Data) -> list[tuple[str, str]]:
+    """Every row's warnings, each with the name and keep of its row."""
+    return [
+        (row_name(row) + ("" if (keep := row.get("requested_keep")) is None else f" at keep {format_keep(keep)}"), text)
+        for row in all_rows(data)
+        for text in row.get("warnings") or ()
+    ]
+
+
+def plain(value: object) -> str:
+    """A setting as text: long integers get their separators, floats lose their tails."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _escape_markdown(text: str) -> str:
+    """The text as itself inside a table's cell: no markup, no new cell, one line."""
+    return re.sub(r"([\\|*`<\[\]])", r"\\\1", " ".join(text.split()))

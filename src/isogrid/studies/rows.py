@@ -1,0 +1,92 @@
+"""Rows of a compression table, and the bookkeeping that lets a long table go on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from isogrid.compress import CompressionReport
+from isogrid.report import read_json, write_json
+
+Say = Callable[[str], None]
+
+
+def row_of(report: CompressionReport, label: str, *, calibrated: bool) -> dict[str, Any]:
+    """The part of a row that the compression itself knows."""
+    return {
+        "label": label,
+        "format": report.format.name,
+        "calibrated": calibrated,
+        "requested_keep": report.requested_keep,
+        "achieved_keep": report.achieved_keep,
+        "parameters": report.parameters,
+        "bytes": report.model_bytes,
+        "seconds": report.seconds,
+        "layers": [layer.to_dict() for layer in report.layers],
+        "warnings": list(report.warnings),
+    }
+
+
+def gap(perplexity: float, dense: float) -> float:
+    """``log(perplexity) - log(dense perplexity)``."""
+    return math.log(perplexity) - math.log(dense)
+
+
+def remembered(
+    folder: Path, key: str, settings: Mapping[str, Any], make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The row stored under a key for the same settings, or a new one, made and stored.
+
+    Args:
+        folder: where rows are kept.
+        key: name of the row.
+        settings: everything the row depends on; another value makes the row anew.
+        make: measures the row.
+    """
+    fingerprint = hashlib.sha256(json.dumps([key, settings], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    path = folder / f"{key}-{fingerprint}.json"
+    if path.is_file():
+        return read_json(path)
+    row = make()
+    write_json(row, path)
+    return read_json(path)
+
+
+def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The data of a page for one compressed model, from the ``compression.json`` that was written beside it."""
+    calibrated = described["calibration"] is not None
+    return {
+        "title": f"{described['model']} as {described['label']}",
+        "command": described["command"],
+        "model": described["model"],
+        "settings": {"calibration": described["calibration"] or "none: plain fits"},
+        "quality": {"name": "perplexity", "better": "lower"},
+        "dense": {
+            "label": "dense",
+            "format": "dense",
+            "calibrated": False,
+            "achieved_keep": 1.0,
+            "parameters": described["dense_parameters"],
+            "bytes": described["dense_model_bytes"],
+        },
+        "rows": [
+            {
+                "label": described["format"]["name"].replace("_", " "),
+                "format": described["format"]["name"],
+                "calibrated": calibrated,
+                "requested_keep": described["requested_keep"],
+                "achieved_keep": described["achieved_keep"],
+                "parameters": described["parameters"],
+                "bytes": described["model_bytes"],
+                "seconds": described["seconds"],
+                "peak_memory": described.get("peak_memory"),
+                "layers": described["layers"],
+                "warnings": described["warnings"],
+            }
+        ],
+        "notes": ["Errors are relative output errors on the calibration data; isogrid evaluate measures the model."],
+    }
