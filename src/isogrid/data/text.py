@@ -47,9 +47,7 @@ def load_text(source: str | Path, data_dir: Path | str | None = None) -> str:
     )
 
 
-def token_windows(
-    tokenizer: Callable[..., Any], text: str, length: int = 512, limit: int | None = None
-) -> Tensor:
+def token_windows(tokenizer: Callable[..., Any], text: str, length: int = 512, limit: int | None = None) -> Tensor:
     """Non-overlapping windows over a text that is tokenised whole.
 
     No special tokens are added; what is left after the last full window is dropped.
@@ -69,7 +67,7 @@ def token_windows(
     for label, value in (("length", length), ("limit", limit)):
         if value is not None and value < 1:
             raise IsogridError(f"token_windows: {label} is {value}; it has to be at least 1")
-    # verbose=False: transformers would warn that the text is longer than the model's context, which the cut takes care of.
+    # verbose=False: transformers would warn that the text is longer than the model's context; it is cut below.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = len(ids) // length
     if windows == 0:

@@ -19,7 +19,8 @@ def heatmap_fidelity(model: nn.Module, reference: nn.Module | Tensor, images: Te
         batch: images in a forward pass.
 
     Returns:
-        -1 to 1. An image counts 0 where one of its two maps is flat, since a flat map tells nothing; NaN where a map has NaN.
+        -1 to 1. An image counts 0 where one of its two maps is flat, since a flat map tells nothing; NaN where a map
+        has NaN.
 
     Raises:
         IsogridError: no images, or maps of another shape than the reference's.

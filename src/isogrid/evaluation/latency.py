@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import sys
 import time
@@ -64,6 +63,8 @@ def interleaved_medians(
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held resident since it began, in bytes."""
+    import resource  # absent on Windows, where the rest of this file works
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 

@@ -41,8 +41,8 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity over windows of tokens; each window's first token is unscored, and windows don't see each other.
 
-    The cross entropy is computed in float32 from logits of the model's dtype, and summed in float64. One batch of logits is
-    held at a time. The model is put into eval mode and left in the mode it was in.
+    The cross entropy is computed in float32 from logits of the model's dtype, and summed in float64. One batch of
+    logits is held at a time. The model is put into eval mode and left in the mode it was in.
 
     Args:
         model: gives logits ``(batch, length, vocabulary)`` for ids ``(batch, length)``, itself or as ``.logits``.
@@ -108,8 +108,9 @@ def _check(model: nn.Module, windows: Tensor, batch: int) -> None:
 
 def _vocabulary(model: nn.Module) -> int | None:
     """How many tokens the model knows: the rows of its embedding, or what its config says."""
-    if hasattr(model, "get_input_embeddings"):
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    embedding: Any = getattr(model, "get_input_embeddings", None)
+    if embedding is not None:
+        rows = getattr(embedding(), "num_embeddings", None)
         if rows is not None:
             return int(rows)
     size = getattr(getattr(model, "config", None), "vocab_size", None)

@@ -67,7 +67,7 @@ def embed_sentences(
         float32 on the CPU, ``(sentences, hidden)``.
     """
     if batch < 1 or not sentences:
-        raise IsogridError(f"embed_sentences: {len(sentences)} sentences in batches of {batch}; both have to be at least 1")
+        raise IsogridError(f"embed_sentences: {len(sentences)} sentences in batches of {batch}; both are 1 or more")
     # Sentences of like length share a batch, so that few of its places are padding.
     unique = sorted(dict.fromkeys(sentences), key=len)
     device = device_of(model)
@@ -86,7 +86,7 @@ def embed_sentences(
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """Spearman's rank correlation of two vectors, ties ranked by their average; NaN where one is constant or holds NaN."""
+    """Spearman's correlation of two vectors, ties ranked by their average; NaN where one is constant or holds NaN."""
     if a.ndim != 1 or a.shape != b.shape:
         raise IsogridError(f"spearman: two vectors of one length, got {tuple(a.shape)} and {tuple(b.shape)}")
     if a.isnan().any() or b.isnan().any():

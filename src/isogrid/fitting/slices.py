@@ -37,7 +37,7 @@ def fit_slices(
     ranks: Tensor,
     metric: Metric,
     *,
-    sweeps: int = 4,
+    sweeps: int = 3,
     tolerance: float = 1e-3,
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:

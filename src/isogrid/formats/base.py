@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 from abc import ABC, abstractmethod
@@ -283,7 +284,7 @@ class Format(ABC):
             options: the solver's own.
 
         Raises:
-            IsogridError: target not a finite floating matrix, metric of another size, unknown solver.
+            IsogridError: target not a finite floating matrix, metric of another size, unknown solver or option.
         """
         if target.ndim != 2 or not target.is_floating_point():
             raise IsogridError(f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}")
@@ -294,6 +295,10 @@ class Format(ABC):
             raise IsogridError(f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}")
         if generator is None:
             generator = torch.Generator().manual_seed(0)
+        known = _solver_options(self)
+        if unknown := sorted(options.keys() - known):
+            has = ", ".join(sorted(known)) or "none"
+            raise IsogridError(f"{self.name}: its fit has no option {unknown[0]!r}; options: {has}")
         specs = self.factors(*target.shape)
         with torch.no_grad():
             wide = target.detach().to(torch.float64)
@@ -321,17 +326,19 @@ class Format(ABC):
         start: Factors | None,
         generator: torch.Generator,
         on_step: OnStep | None,
+        steps: int = 200,
+        restarts: int = 1,
         **options: Any,
     ) -> Factors:
         """The format's own fit, on a checked float64 target. Default: quasi-Newton descent from a random start.
 
-        Options of the default: ``steps`` (200), ``restarts`` (1; the best is kept).
+        An override names its options as keyword parameters; `fit` refuses all others. Options of the default:
+        ``steps`` (200, most iterations), ``restarts`` (1; the best is kept).
         """
         require_solver(self, solver, ("default", "descent"))
         out_features, in_features = target.shape
         specs = self.factors(out_features, in_features)
         trainable = {name for name, spec in specs.items() if spec.trainable}
-        restarts = options.pop("restarts", 1)
         best: Factors = {}
         best_error = math.inf
         for _ in range(1 if start is not None else restarts):
@@ -346,8 +353,8 @@ class Format(ABC):
                 trainable,
                 target,
                 metric,
+                steps=steps,
                 on_step=on_step,
-                **options,
             )
             error = squared_norm(target - self.dense(found, out_features, in_features), metric)
             if error < best_error or not best:
@@ -578,6 +585,18 @@ def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> Non
     device = generator.device if generator is not None else "cpu"
     drawn = torch.randn(value.shape, generator=generator, device=device, dtype=torch.float32)
     value.copy_(drawn * std)
+
+
+def _solver_options(fmt: Format) -> set[str]:
+    """Names of the options that a format's `solve` takes, and those of a format within it."""
+    given = {"target", "metric", "solver", "start", "generator", "on_step"}
+    named = {
+        name
+        for name, parameter in inspect.signature(fmt.solve).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    inner = getattr(fmt, "inner", None)
+    return (named - given) | (_solver_options(inner) if isinstance(inner, Format) else set())
 
 
 def _scale_to(fmt: Format, factors: Factors, target: Tensor) -> None:

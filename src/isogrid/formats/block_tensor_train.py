@@ -128,12 +128,12 @@ class BlockTensorTrain(Format):
         *,
         solver: str,
         on_step: OnStep | None,
-        sweeps: int = 4,
+        sweeps: int = 3,
         **options: Any,
     ) -> Factors:
         """One SVD per block without a metric (global optimum); exact block descent over the blocks under one.
 
-        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (4).
+        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (3).
         """
         require_solver(self, solver, ("default", "projection"))
         n0, n1, m1, m0 = self.grid(*target.shape)

@@ -101,12 +101,12 @@ class Monarch(Format):
         *,
         solver: str,
         on_step: OnStep | None,
-        sweeps: int = 4,
+        sweeps: int = 3,
         **options: Any,
     ) -> Factors:
         """One SVD per slice without a metric (global optimum); exact block descent over the slices under one.
 
-        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (4).
+        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (3).
         """
         require_solver(self, solver, ("default", "projection"))
         out_block, hidden, in_block = self._sizes(*target.shape)

@@ -160,8 +160,7 @@ def error_per_layer(data: Data, *, keep: float | None = None, narrow: bool = Fal
 
     series = _series(rows)
     errors = [_error(layer) for row in rows for layer in row["layers"]]
-    known = [error for error in errors if error is not None and math.isfinite(error)]
-    top = min(LARGEST_ERROR, 1.12 * max(known, default=1.0)) or 1.0
+    top = 1.12 * max((error for error in errors if error is not None and error <= LARGEST_ERROR), default=1.0) or 1.0
     for index, (axes, (kind, members)) in enumerate(zip(panels, kinds.items(), strict=False)):
         _dress(axes)
         axes.set_title(kind, fontsize=9, color=INK, loc="left", parse_math=False)
@@ -355,7 +354,8 @@ def _quality_axis(axes: Axes, values: Sequence[float], logarithmic: bool) -> Non
 
 def _room(axes: Axes, xs: Sequence[float]) -> None:
     low, high = min(xs, default=0.0), max(xs, default=100.0)
-    room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
+    # At least a tenth of the size across: rows of one requested keep differ by rounding, not by what the axis shows.
+    room = max(0.12 * (high - low), (0.1 * abs(high) or 1.0) - (high - low))
     axes.set_xlim(low - room, high + room)
 
 

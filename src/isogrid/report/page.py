@@ -19,6 +19,7 @@ from isogrid.report.tables import (
     T,
     all_rows,
     best_rows,
+    capitalized,
     format_bytes,
     format_count,
     format_keep,
@@ -196,7 +197,7 @@ def _headline(data: Data) -> _Picture:
         wide=_data_uri(png_bytes(quality_against_size(data))),
         narrow=_data_uri(png_bytes(quality_against_size(data, narrow=True))),
         alt=f"{name} against the kept share of the selected parameters. {summary(data)}",
-        caption=f"{_capital(name)} against the kept share of the selected parameters; filled and solid: calibrated.",
+        caption=f"{capitalized(name)} against the kept share of the selected parameters; filled and solid: calibrated.",
     )
 
 
@@ -252,7 +253,3 @@ def _table(rows: Sequence[T], columns: Sequence[Column[T]], best: Sequence[T], t
 
 def _data_uri(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _capital(name: str) -> str:
-    return name[:1].upper() + name[1:]

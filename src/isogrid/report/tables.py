@@ -229,7 +229,10 @@ def table_columns(data: Data) -> list[Column[Row]]:
         ("achieved_keep", Column("Keep achieved", achieved)),
         ("parameters", Column("Parameters", lambda row: format_count(row.get("parameters")), wide=True)),
         ("bytes", Column("Size", lambda row: format_bytes(row.get("bytes")))),
-        ("label", Column(f"{_capital(quality_name(data))} {better}", lambda row: format_quality(row.get("quality")))),
+        (
+            "label",
+            Column(f"{capitalized(quality_name(data))} {better}", lambda row: format_quality(row.get("quality"))),
+        ),
         ("gap", Column("Gap", lambda row: format_gap(row.get("gap")))),
         ("latency_ms", Column("Latency", lambda row: format_milliseconds(row.get("latency_ms")), wide=True)),
         ("latency_ratio", Column("Speed", lambda row: format_ratio(row.get("latency_ratio")))),
@@ -247,7 +250,7 @@ def table_legend(data: Data, *, wide: bool = True) -> str:
         ("Keep achieved", "Keep: share of the selected matrices' parameters, asked for and achieved"),
         ("Parameters", "Parameters: of the selected matrices"),
         ("Size", "Size: the whole model's tensors"),
-        (f"{_capital(quality_name(data))} {better[0]}", better),
+        (f"{capitalized(quality_name(data))} {better[0]}", better),
         ("Gap", "Gap: log(perplexity) − log(dense perplexity)" if quality_name(data) == "perplexity" else ""),
         ("Speed", "Speed: dense time over this time"),
         ("Time", "Time: of the compression"),
@@ -293,7 +296,8 @@ def _words(name: object) -> str:
     return re.sub("[-_ ]+", " ", str(name)).lower()
 
 
-def _capital(name: str) -> str:
+def capitalized(name: str) -> str:
+    """The name with a capital first letter, the others as they are."""
     return name[:1].upper() + name[1:]
 
 
