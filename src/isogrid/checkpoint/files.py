@@ -29,6 +29,7 @@ from isogrid.checkpoint.layers import (
     mark_structured,
     parse_config,
 )
+from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
 from isogrid.linear import StructuredLinear
 
@@ -60,7 +61,8 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
 
     def write(to: Path) -> None:
         if hasattr(model, "save_pretrained"):
-            model.save_pretrained(to)
+            with quiet_transformers():
+                model.save_pretrained(to)
         else:
             state, aliases = _unshared(model.state_dict())
             add_marks(model, state)

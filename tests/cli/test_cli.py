@@ -1,0 +1,129 @@
+import json
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from isogrid.cli import main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(63)} | {"[UNK]": 63}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{(7 * i * i + i) % 61}" for i in range(2000)))
+    return path
+
+
+def run(monkeypatch, capsys, *args):
+    """(exit code, standard output, standard error) of the command."""
+    monkeypatch.setattr(sys, "argv", ["isogrid", *map(str, args)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    captured = capsys.readouterr()
+    return end.value.code or 0, captured.out, captured.err
+
+
+def test_compress_evaluate_inspect_report(monkeypatch, capsys, tmp_path, model_folder, text_file):
+    out = tmp_path / "small"
+    args = ("--format", "low_rank_light", "--keep", 0.7, "--calibrate", text_file, "--length", 64, "--windows", 12)
+    code, printed, said = run(monkeypatch, capsys, "compress", model_folder, *args, "--out", out)
+    assert code == 0, said
+    assert "14 layers as low_rank_light; about" in said
+    assert "requested keep 0.7, achieved 0.6" in printed
+    described = json.loads((out / "compression.json").read_text())
+    size, header = (out / "model.safetensors").stat().st_size, (out / "model.safetensors").read_bytes()[:8]
+    assert f"({described['model_bytes']} bytes)" in printed
+    assert size - 8 - int.from_bytes(header, "little") == described["model_bytes"]
+    assert described["peak_memory"] > 10**8
+    assert described["achieved_keep"] <= 0.7
+    assert AutoModelForCausalLM.from_pretrained(out).config.quantization_config["quant_method"] == "isogrid"
+
+    code, printed, _ = run(
+        monkeypatch, capsys, "evaluate", out, "--text", text_file, "--length", 64, "--windows", 4, "--json"
+    )
+    assert code == 0
+    found = json.loads(printed)
+    assert found["metric"] == "perplexity"
+    assert found["tokens"] == 4 * 63
+    assert 1 < found["perplexity"] < 200
+
+    code, printed, _ = run(monkeypatch, capsys, "inspect", out, "--json")
+    rows = json.loads(printed)
+    assert code == 0
+    assert sum(row["format"].startswith("low_rank_light") for row in rows) == 14
+    assert sum(row["parameters"] for row in rows if "low_rank" in row["format"]) == described["parameters"]
+
+    code, _, said = run(monkeypatch, capsys, "report", out)
+    assert code == 0, said
+    assert "low_rank_light" in (out / "report" / "report.html").read_text()
+
+
+def test_dense_export_needs_no_isogrid(monkeypatch, capsys, tmp_path, model_folder):
+    out = tmp_path / "dense"
+    code, _, said = run(
+        monkeypatch, capsys, "compress", model_folder, "--format", "monarch", "--keep", 0.7, "--export", "dense",
+        "--out", out,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+def test_formats_and_doctor_speak_json(monkeypatch, capsys):
+    code, printed, _ = run(monkeypatch, capsys, "formats", "--json")
+    listed = {entry["name"]: entry for entry in json.loads(printed)}
+    assert code == 0
+    assert listed["low_rank"]["kept"] <= 0.5
+    assert "optimal_under_metric" in listed["low_rank_light"]["traits"]
+    assert listed["dense"]["kept"] is None
+    code, printed, _ = run(monkeypatch, capsys, "doctor", "--json")
+    assert code == 0
+    assert json.loads(printed)["isogrid"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--format", "monach"], "did you mean 'monarch'"),
+        (["--keep", "1.5"], "between 0 and 1"),
+        (["--keep", "0.0001"], "smallest"),
+        (["--select", "q_prj"], "did you mean 'q_proj'"),
+        (["--export", "onnx"], "--export is structured or dense"),
+        (["--calibrate", "no-such-text"], "no-such-text"),
+    ],
+)
+def test_bad_input_ends_with_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path, model_folder, args, message):
+    code, _, said = run(monkeypatch, capsys, "compress", model_folder, *args, "--out", tmp_path / "x")
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_is_no_model(monkeypatch, capsys, tmp_path):
+    code, _, said = run(monkeypatch, capsys, "inspect", tmp_path)
+    assert code == 2
+    assert "config.json" in said
