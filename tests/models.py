@@ -235,10 +235,7 @@ ARCHITECTURES = TRANSFORMERS | PLAIN
 @torch.no_grad()
 def output(model: Any, batch: Any) -> Tensor:
     """The model's main output on a batch."""
-    if isinstance(batch, Tensor):
-        out = model(batch)
-    else:
-        out = model(**batch)
+    out = model(batch) if isinstance(batch, Tensor) else model(**batch)
     if isinstance(out, Tensor):
         return out
     return out.logits if "logits" in out else out.last_hidden_state

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tests import models
 from torch import nn
 
 import isogrid
@@ -16,7 +17,6 @@ from isogrid import IsogridError, Permuted, StructuredLinear, Sum, compress
 from isogrid.checkpoint import dense_copy
 from isogrid.compress import stored_bytes, structured_layers
 from isogrid.formats import LowRank, Monarch
-from tests import models
 
 FORMATS = {  # one of each kind: plain factors, integer factors, nested
     "llama": "low_rank_light",
@@ -213,7 +213,8 @@ def test_a_dense_model_is_saved_without_a_word_of_structure(tmp_path):
     folder = isogrid.save(model, tmp_path / "model")
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert torch.equal(
-        models.exact_output(isogrid.load(folder), models.token_batch()), models.exact_output(model, models.token_batch())
+        models.exact_output(isogrid.load(folder), models.token_batch()),
+        models.exact_output(model, models.token_batch()),
     )
 
 
@@ -510,7 +511,9 @@ def test_plain_module_with_non_contiguous_parameters(tmp_path):
     compress(model, "low_rank", keep=0.5)
     isogrid.save(model, tmp_path / "model")
     again = isogrid.load(tmp_path / "model", models.blocks())
-    assert torch.equal(models.exact_output(again, models.feature_batch()), models.exact_output(model, models.feature_batch()))
+    assert torch.equal(
+        models.exact_output(again, models.feature_batch()), models.exact_output(model, models.feature_batch())
+    )
 
 
 def test_plain_module_compressed_into_mixed_formats(tmp_path):
@@ -546,7 +549,12 @@ def test_saving_over_the_folder_a_model_was_loaded_from(reloaded, tmp_path):
 def python(code, *arguments):
     """Run code in a fresh interpreter, away from the repository."""
     return subprocess.run(
-        [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + textwrap.dedent(code), *map(str, arguments)],
+        [
+            sys.executable,
+            "-c",
+            "import torch; torch.set_num_threads(1)\n" + textwrap.dedent(code),
+            *map(str, arguments),
+        ],
         capture_output=True,
         text=True,
         cwd="/",

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from tests import models
 from torch import nn
 
 from isogrid import IsogridError, collect_moments, select_layers
 from isogrid.compress import as_batches
 from isogrid.compress.calibrate import ROWS_PER_BATCH
-from tests import models
 
 
 def rows_by_hook(model, layers, batches, masks=None):
@@ -264,7 +264,7 @@ def test_batches_of_padding_alone_are_an_error():
 def test_input_that_is_not_finite_names_the_layer(value):
     model, x = models.mlp(), models.feature_batch()
     x[3, 5] = value
-    with pytest.raises(IsogridError, match="layer '0'.*NaN, infinite or overflow"):
+    with pytest.raises(IsogridError, match=r"layer '0'.*NaN, infinite or overflow"):
         collect_moments(model, select_layers(model), x)
 
 

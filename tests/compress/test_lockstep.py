@@ -2,12 +2,12 @@ import threading
 
 import pytest
 import torch
+from tests import models
 from torch import nn
 
 from isogrid.compress import select_layers
 from isogrid.compress.calibrate import forward_calls
 from isogrid.compress.lockstep import lockstep
-from tests import models
 
 
 def run(model, batches, visit, select=None):
@@ -184,12 +184,12 @@ def test_even_a_model_that_catches_exceptions_is_stopped():
 # ---- failures -----------------------------------------------------------------------------------------------------
 
 
-class Breakdown(RuntimeError):
+class BreakdownError(RuntimeError):
     pass
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
-@pytest.mark.parametrize("error", [Breakdown, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [BreakdownError, KeyboardInterrupt])
 def test_an_exception_in_visit_propagates_and_leaves_nothing(at, error):
     model, visited = models.blocks(), []
 
@@ -220,7 +220,7 @@ class Fragile(nn.Module):
         return self.third(x)
 
 
-@pytest.mark.parametrize("error", [Breakdown, SystemExit])
+@pytest.mark.parametrize("error", [BreakdownError, SystemExit])
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_an_exception_in_the_model_propagates_and_leaves_nothing(bad, error):
     model = Fragile(error)

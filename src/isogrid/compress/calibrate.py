@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -137,13 +138,16 @@ def forward_calls(model: nn.Module, batches: Sequence[Any]) -> list[Callable[[],
     """One callable per batch that runs the model on it, on the model's device."""
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
 
+    # Keys and values of every layer, kept for a generation that never comes, would outweigh everything else.
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
     def call(batch: Any) -> Callable[[], Any]:
         def run() -> Any:
             if isinstance(batch, Mapping):
-                return model(**{key: _to(value, device) for key, value in batch.items()})
+                return model(**extra | {key: _to(value, device) for key, value in batch.items()})
             if isinstance(batch, tuple | list):
-                return model(*(_to(value, device) for value in batch))
-            return model(_to(batch, device))
+                return model(*(_to(value, device) for value in batch), **extra)
+            return model(_to(batch, device), **extra)
 
         return run
 
