@@ -239,8 +239,22 @@ def test_transformers_own_door_misses_no_factor(folder, kind, factor):
         held = json.loads(index.read_text())
         held["weight_map"].pop(name)
         index.write_text(json.dumps(held))
-    with pytest.raises(CheckpointError, match="lacks its|was not in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r"lacks its|was not in the checkpoint"):
         transformers.AutoModelForCausalLM.from_pretrained(folder / kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_layer_is_missing_from_the_file(folder, kind):
+    def remove(state):
+        for name in [name for name in state if name.startswith(f"{layer_of(kind)}.")]:
+            del state[name]
+
+    edit_weights(folder / kind, remove)
+    with pytest.raises(CheckpointError, match=r"lacks its|was not in the checkpoint"):
+        read(kind, folder)
+    if kind == "llama":
+        with pytest.raises(CheckpointError, match=f"layer '{LLAMA_LAYER}'"):
+            transformers.AutoModelForCausalLM.from_pretrained(folder / kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +290,7 @@ def test_layer_that_is_no_linear_layer(folder):
 
 def test_layer_of_other_sizes_than_the_models(folder):
     edit_config(folder / "llama", lambda config: config.update(intermediate_size=40))
-    with pytest.raises(CheckpointError, match="in LlamaForCausalLM it is .*belongs to another model"):
+    with pytest.raises(CheckpointError, match=r"in LlamaForCausalLM it is .*belongs to another model"):
         read("llama", folder)
 
 
@@ -336,7 +350,7 @@ def test_missing_shard(folder):
 def test_truncated_shard(folder):
     path = next((folder / "shards").glob("model-00002*"))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="model-00002.*truncated or corrupt"):
+    with pytest.raises(CheckpointError, match=r"model-00002.*truncated or corrupt"):
         read("shards", folder)
 
 
@@ -366,11 +380,9 @@ def test_index_must_not_point_outside(folder, door, way, how_many):
     save_file({name: value.clone() for name, value in moved.items()}, folder / "outside.safetensors", {"format": "pt"})
     name = outside_names(folder)[way]
     edit_index(folder, lambda index: index["weight_map"].update(dict.fromkeys(moved, name)))
+    load = isogrid.load if door == "isogrid" else transformers.AutoModelForCausalLM.from_pretrained
     with pytest.raises((CheckpointError, OSError), match="outside"):
-        if door == "isogrid":
-            isogrid.load(folder / "shards")
-        else:
-            transformers.AutoModelForCausalLM.from_pretrained(folder / "shards")
+        load(folder / "shards")
 
 
 def test_a_link_to_the_weights_is_followed(folder):
@@ -517,11 +529,11 @@ def test_saving_through_a_link_replaces_what_it_points_to(tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-class Breakdown(RuntimeError):
+class BreakdownError(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("error", [Breakdown, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [BreakdownError, KeyboardInterrupt])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_a_failing_save_leaves_the_earlier_checkpoint_and_nothing_else(earlier, error, tmp_path):
     class Tokenizer:

@@ -348,7 +348,7 @@ def test_a_training_step_changes_the_factors_and_saves_again(reloaded, tmp_path)
     losses = []
     for _ in range(5):
         loss = reloaded(**batch, labels=batch["input_ids"]).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

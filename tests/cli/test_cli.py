@@ -79,7 +79,7 @@ def test_compress_evaluate_inspect_report(monkeypatch, capsys, tmp_path, model_f
 
     code, _, said = run(monkeypatch, capsys, "report", out)
     assert code == 0, said
-    assert "low_rank_light" in (out / "report" / "report.html").read_text()
+    assert "low_rank_light" in (tmp_path / "small-report" / "report.html").read_text()
 
 
 def test_dense_export_needs_no_isogrid(monkeypatch, capsys, tmp_path, model_folder):

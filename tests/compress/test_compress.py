@@ -134,7 +134,7 @@ def test_calibrated_fit_has_the_smaller_error_on_the_layers_outputs(format):
     dense = models.blocks()
     x = inputs_of(dense, "blocks.0.up", batches).float()
     wanted = dense.blocks[0].up(x)
-    errors = [float((model.blocks[0].up(x) - wanted).square().mean()) for model in (calibrated, plain)]
+    errors = [(model.blocks[0].up(x) - wanted).square().mean().item() for model in (calibrated, plain)]
     assert errors[0] < 0.9 * errors[1]
 
 
@@ -324,7 +324,7 @@ def test_conv1d_is_a_linear_layer_with_its_weight_transposed():
     for name, layer in structured_layers(model).items():
         weight = dense.get_submodule(name).weight.mT
         best = torch.linalg.svdvals(weight)[layer.format.rank :].square().sum().sqrt()
-        assert float((layer.dense() - weight).norm()) == pytest.approx(float(best), rel=1e-4)
+        assert (layer.dense() - weight).norm().item() == pytest.approx(best.item(), rel=1e-4)
 
 
 def test_larger_budget_comes_nearer_to_the_dense_model():

@@ -513,6 +513,10 @@ def test_optimal_formats_reach_zero_at_full_size(name: str) -> None:
         target = gaussian(m, n)
         for metric in metrics(n):
             assert (target - fmt.dense(fmt.fit(target, metric), m, n)).norm() <= 1e-8 * target.norm()
+        limit = fmt.size_limit(m, n)
+        if fmt.size_field is not None and limit > 1:  # the largest *useful* size: one less holds fewer matrices
+            smaller = fmt._with_size(limit - 1)
+            assert (target - smaller.dense(smaller.fit(target), m, n)).norm() > 1e-3 * target.norm()
 
 
 @pytest.mark.parametrize("seed", range(4))

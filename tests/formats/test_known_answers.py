@@ -655,3 +655,33 @@ def test_low_rank_is_the_truncated_svd(metric: Metric | None) -> None:
         gram = factors["left"].T @ factors["left"]
         assert torch.allclose(gram, torch.diag(gram.diagonal()), atol=1e-10)
         assert torch.allclose(gram.diagonal(), factors["right"].square().sum(1), rtol=1e-10)
+
+
+# ---- other orders --------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_is_the_same_in_any_order() -> None:
+    target, metric = gaussian(10, 12), ill_conditioned(12, condition=1e3)
+    fmt, inner = Permuted(LowRank(rank=3)), LowRank(rank=3)
+    start = random_factors(fmt, 10, 12, seed=5)
+    assert start["input_order"].tolist() != sorted(start["input_order"].tolist())
+    for given in (None, metric):
+        best = fitted(inner, target, given)
+        assert torch.allclose(fitted(fmt, target, given), best, atol=1e-9)
+        ordered = fmt.fit(target, given, start=start)
+        assert torch.equal(ordered["input_order"], start["input_order"])
+        assert torch.equal(ordered["output_order"], start["output_order"])
+        assert torch.allclose(fmt.dense(ordered, 10, 12), best, atol=1e-9)
+
+
+def test_trying_orders_keeps_the_best() -> None:
+    inner, target, metric = Monarch(blocks=3, rank=1), gaussian(9, 9), ill_conditioned(9, condition=1e2)
+    fmt = Permuted(inner)
+    for given in (None, metric):
+        errors: list[float] = []
+        found = fitted(fmt, target, given, trials=5, on_step=lambda _, error, log=errors: log.append(error))
+        assert len(errors) == 6
+        assert errors[0] == pytest.approx(
+            squared_norm(target - fitted(Monarch(blocks=3, rank=1), target, given), given)
+        )
+        assert squared_norm(target - found, given) == pytest.approx(min(errors), rel=1e-9)

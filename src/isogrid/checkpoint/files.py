@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from isogrid.checkpoint.layers import (
 )
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
-from isogrid.linear import StructuredLinear
+from isogrid.linear import StructuredLinear, linear_matrix
 
 
 def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
@@ -66,8 +65,8 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
         else:
             state, aliases = _unshared(model.state_dict())
             add_marks(model, state)
-            save_file(state, to / WEIGHTS, metadata={"format": "pt", "isogrid_aliases": json.dumps(aliases)})
-            config = {"quantization_config": config_of(describe_layers(model))}
+            save_file(state, to / WEIGHTS, metadata={"format": "pt"})
+            config = {"quantization_config": config_of(describe_layers(model)), "aliases": aliases}
             (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(to)
@@ -105,17 +104,18 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     layers = parse_config(config.get("quantization_config"), str(folder))
     check_headers(layers, headers, str(folder))
     skeleton = _on_meta(model)
-    attach_layers(skeleton, layers, str(folder))
+    places = list(attach_layers(skeleton, layers, str(folder)).values())
     expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     state = load_file(folder / WEIGHTS)
-    for name, kept in json.loads(_metadata(folder / WEIGHTS).get("isogrid_aliases", "{}")).items():
+    for name, kept in _aliases(config, state, str(folder)).items():
         state[name] = state[kept]
     state = {name: value for name, value in state.items() if not _is_mark(name, value, layers)}
     _compare(expected, {name: tuple(value.shape) for name, value in state.items()}, str(folder))
     # Checked throughout; from here nothing can fail, and the model changes.
-    for name in attach_layers(model, layers, str(folder)).values():
-        place = model.get_submodule(name)
-        place.to_empty(device=next(iter(state.values())).device)
+    dense = {place: model.get_submodule(place) for place in places}
+    attach_layers(model, layers, str(folder))
+    for place, layer in dense.items():
+        model.get_submodule(place).to_empty(device=linear_matrix(layer).device).train(layer.training)
     model.load_state_dict(state, assign=False)
     return model
 
@@ -158,6 +158,8 @@ def dense_copy(model: Any) -> Any:
         place = skeleton.get_submodule(owner)
         if key in place._buffers and place._buffers[key] is not None and place._buffers[key].is_meta:
             place._buffers[key] = buffer
+    if getattr(model, "generation_config", None) is not None:
+        skeleton.generation_config = copy.deepcopy(model.generation_config)
     return skeleton.train(model.training)
 
 
@@ -167,10 +169,15 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         IsogridError: the place is a file, or a folder that holds something else than a checkpoint.
     """
+    asked, folder = folder, folder.resolve()  # a link stays, what it points to is replaced
     if folder.is_file():
         raise IsogridError(f"{folder} is a file; give a folder to write to")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
-        raise IsogridError(f"{folder} holds files that are no checkpoint; give an empty or new folder")
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise IsogridError(f"{folder} is the working directory, which can't be replaced; give a folder inside it")
+    if folder.is_dir():
+        foreign = _foreign(folder)
+        if foreign is not None:
+            raise IsogridError(f"{folder} holds {foreign!r}, no part of a checkpoint; give an empty or new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -185,14 +192,33 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
         if folder.is_dir():
             old = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
             folder.rename(old)
-            fresh.rename(folder)
+            try:
+                fresh.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             fresh.rename(folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return folder
+    return asked
+
+
+# What save_pretrained of models and tokenizers writes, and the page of a model on a hub.
+CHECKPOINT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".md"})
+
+
+def _foreign(folder: Path) -> str | None:
+    """The name of something in a folder that is no part of a checkpoint; None where all of it may be replaced."""
+    names = {file.name for file in folder.iterdir()}
+    if not names:
+        return None
+    for file in sorted(folder.iterdir()):
+        if file.is_dir() or (file.suffix not in CHECKPOINT_SUFFIXES and file.name != ".gitattributes"):
+            return file.name
+    return None if CONFIG in names else min(names)
 
 
 def _readable(is_folder: bool) -> int:
@@ -212,6 +238,7 @@ def _flush(path: Path) -> None:
 def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A state dict with every shared tensor once, contiguous, and the other names of these tensors."""
     kept: dict[Any, str] = {}
+    storages: set[int] = set()
     out: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, value in state.items():
@@ -220,13 +247,20 @@ def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
             aliases[name] = kept[key]
         else:
             kept[key] = name
-            out[name] = value.detach().contiguous()
+            value = value.detach().contiguous()
+            # Parts of one tensor (views, slices) are written each on its own.
+            storage = value.untyped_storage().data_ptr()
+            out[name] = value.clone() if storage in storages else value
+            storages.add(storage)
     return out, aliases
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, "pt") as opened:
-        return opened.metadata() or {}
+def _aliases(config: dict[str, Any], state: dict[str, Tensor], source: str) -> dict[str, str]:
+    """Further names of tensors that the model holds more than once."""
+    aliases = config.get("aliases", {})
+    if not isinstance(aliases, dict) or not all(isinstance(kept, str) and kept in state for kept in aliases.values()):
+        raise CheckpointError(f"{source}: 'aliases' in config.json does not name tensors of the file")
+    return aliases
 
 
 def _is_mark(name: str, value: Tensor, layers: Any) -> bool:
@@ -263,9 +297,13 @@ def _is_structured(config: dict[str, Any]) -> bool:
 def _transformers_class(config: dict[str, Any], folder: Path) -> Any:
     import transformers
 
-    name = config["architectures"][0]
-    found = getattr(transformers, name, None)
-    if found is not None:
+    names = config["architectures"]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise CheckpointError(f"{folder}: 'architectures' in config.json is a list of class names, got {names!r}")
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
+    if found is not None:
+        raise CheckpointError(f"{folder}: 'architectures' in config.json names {names[0]!r}, which is no model")
     # A class registered by another package under its config's type.
     return transformers.AutoModel

@@ -39,7 +39,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has no {CONFIG}: it is no checkpoint, or its writing was interrupted")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); write the checkpoint again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} is damaged: not a JSON object")
@@ -59,9 +59,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        files = [folder / name for name in names]
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged ({error})") from None
-    files = [folder / name for name in names]
     check_inside(files, folder)
     for file in files:
         if not file.is_file():

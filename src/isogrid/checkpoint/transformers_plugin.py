@@ -18,7 +18,6 @@ from typing import Any
 
 from isogrid.checkpoint.headers import check_headers, check_inside, read_headers
 from isogrid.checkpoint.layers import (
-    FORMAT_VERSION,
     MARK,
     QUANT_METHOD,
     attach_layers,
@@ -88,7 +87,7 @@ def _register() -> None:
         def __init__(
             self,
             quant_method: str = QUANT_METHOD,
-            format_version: int = FORMAT_VERSION,
+            format_version: int | None = None,
             default: dict[str, Any] | None = None,
             layers: dict[str, Any] | None = None,
             pruned: dict[str, Any] | None = None,
@@ -99,7 +98,7 @@ def _register() -> None:
             self.quant_method = quant_method
             self.format_version = format_version
             self.default = default
-            self.layers = layers if layers is not None else {}
+            self.layers = layers
             self.pruned = pruned if pruned is not None else {}
 
     @register_quantizer(QUANT_METHOD)
@@ -134,7 +133,10 @@ def _register() -> None:
             layers = parse_config(self.quantization_config.to_dict(), source)
             if checkpoint_files:
                 files = [Path(file) for file in checkpoint_files]
-                check_inside(files, files[0].parent)
+                # A name in an index may be absolute, so only the folder that was asked for tells what is inside. A
+                # model from the hub has no such folder; its files lie together in the cache.
+                asked = Path(model.config._name_or_path or "")
+                check_inside(files, asked if model.config._name_or_path and asked.is_dir() else files[0].parent)
                 check_headers(layers, read_headers(files), source, complete=False)
             resolved = attach_layers(model, layers, source)
             ignored = {rf"(^|\.){re.escape(name)}\.{MARK}$" for name in (*resolved, *resolved.values(), *layers)}

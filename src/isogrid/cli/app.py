@@ -322,7 +322,9 @@ def report(
     elif (folder / "compression.json").is_file():
         from isogrid.studies.rows import page_of_compression
 
-        written = write_report(page_of_compression(read_json(folder / "compression.json")), folder / "report")
+        page = folder.with_name(folder.name + "-report")  # beside the model: a checkpoint folder holds nothing else
+
+        written = write_report(page_of_compression(read_json(folder / "compression.json")), page)
     else:
         raise IsogridError(f"{folder} has neither data.json nor compression.json; give a folder that a command wrote")
     for path in written:

@@ -39,6 +39,17 @@ class MomentSum:
             self.total += total
         self.rows += rows.shape[0]
 
+    def merge(self, other: MomentSum) -> None:
+        """Add another sum."""
+        if other.product is None or other.total is None:
+            return
+        if self.product is None or self.total is None:
+            self.product, self.total = other.product.clone(), other.total.clone()
+        else:
+            self.product += other.product
+            self.total += other.total
+        self.rows += other.rows
+
     def metric(self, layer: str) -> Metric:
         """The moment as a metric.
 
@@ -167,6 +178,7 @@ def real_rows(x: Tensor, batch: Any) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if not isinstance(batch, Mapping):
         return flat
+    _check_masks(batch)
     for key in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(key)
         if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == x.shape[:-1]:
@@ -178,16 +190,36 @@ def real_rows(x: Tensor, batch: Any) -> Tensor:
     return flat
 
 
+def _check_masks(batch: Mapping[str, Any]) -> None:
+    """Raise IsogridError where the sizes of a batch don't tell whose padding a row could be."""
+    mask, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
+    tokens = batch.get("decoder_input_ids")
+    if not isinstance(mask, Tensor) or not isinstance(tokens, Tensor) or mask.shape != tokens.shape:
+        return
+    other = decoder if isinstance(decoder, Tensor) else torch.ones_like(mask)
+    if not torch.equal(mask != 0, other != 0):
+        raise IsogridError(
+            f"a calibration batch has encoder and decoder inputs of one length, {mask.shape[1]}, with different "
+            "padding: their rows can't be told apart; pad one of them by one token more"
+        )
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode inside, each as it was afterwards; modules exchanged meanwhile keep their own."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Every module in eval mode inside, each as it was afterwards; a module that took another's place, as that was.
+
+    PyTorch's own attention and transformer layers have a fast path that reads weights and calls no layer; it is off.
+    """
+    modes = {name: (module, module.training) for name, module in model.named_modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for name, (module, mode) in modes.items():
+            module.training = model.get_submodule(name).training = mode
 
 
 def collect_moments(
@@ -213,39 +245,51 @@ def collect_moments(
         IsogridError: no rows, or NaN or infinite inputs; names the layer.
     """
     batches = as_batches(calibration, tokenizer, length)
-    sums: dict[str, MomentSum] = {}
-    owner: dict[str, str] = {}  # the layer whose sums hold this layer's input
-    last: tuple[Tensor, int, str] | None = None
+    # By the layers that shared the inputs. One key for q, k and v; more where batches take different ways.
+    sums: dict[tuple[str, ...], MomentSum] = {}
+    last: tuple[Tensor, int] | None = None
+    sharing: list[str] = []  # the layers that have seen `last` so far
+    piece = MomentSum()
     batch: Any = None
-    calls = calls_per_batch = 0
+    called: list[str] = []
+    usual: list[str] = []  # the calls of the first batch
 
     class Enough(BaseException):
         """Every selected layer has seen this batch."""
 
+    def close() -> None:
+        nonlocal last, piece
+        if sharing:
+            sums.setdefault(tuple(sharing), MomentSum()).merge(piece)
+        last, piece = None, MomentSum()
+        sharing.clear()
+
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal last, calls
-            x = args[0]
-            if name not in owner:
-                same = last is not None and last[0] is x and last[1] == x._version
-                owner[name] = last[2] if same and last is not None else name
-            if owner[name] == name:
-                sums.setdefault(name, MomentSum()).add(real_rows(x, batch))
-                last = (x, x._version, name)
-            calls += 1
-            if calls == calls_per_batch:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal last
+            x = args[0] if args else next(iter(kwargs.values()))
+            if last is None or last[0] is not x or last[1] != x._version or name in sharing:
+                close()
+                piece.add(real_rows(x, batch))
+                last = (x, x._version)
+            sharing.append(name)
+            called.append(name)
+            # A batch may be cut short only where nothing can follow: all layers seen, in the usual order.
+            if called == usual and len(set(usual)) == len(layers):
                 raise Enough
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in layers.items()]
     try:
         with torch.no_grad(), evaluation_mode(model):
             for done, run in enumerate(forward_calls(model, batches)):
-                batch, calls = batches[done], 0
+                batch = batches[done]
+                called.clear()
                 with suppress(Enough):
                     run()
-                calls_per_batch = calls_per_batch or calls
+                close()
+                usual = usual or list(called)
                 if on_batch is not None:
                     on_batch(done + 1, len(batches))
     finally:
@@ -253,7 +297,16 @@ def collect_moments(
             handle.remove()
     if not sums:
         raise IsogridError(f"calibration reaches none of the {len(layers)} selected layers; check its form")
-    metrics = {name: value.metric(name) for name, value in sums.items()}
-    return Moments(
-        {name: metrics[source] for name, source in owner.items()}, rows=max(value.rows for value in sums.values())
-    )
+    metrics: dict[tuple[tuple[str, ...], ...], Metric] = {}
+    found: dict[str, Metric] = {}
+    for name in layers:
+        keys = tuple(key for key in sums if name in key)
+        if not keys:
+            continue
+        if keys not in metrics:
+            total = MomentSum()
+            for key in keys:
+                total.merge(sums[key])
+            metrics[keys] = total.metric(name)
+        found[name] = metrics[keys]
+    return Moments(found, rows=max(metric.rows or 0 for metric in found.values()))

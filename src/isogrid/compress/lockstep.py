@@ -38,10 +38,13 @@ class _Runner:
         self._halted = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"isogrid-calibration-{index}")
         self._started = False
+        self._threads = torch.get_num_threads()
 
     def _run(self) -> None:
         self._go.acquire()
         self._current.runner = self
+        # A new thread's matrix products would use all cores whatever the caller has set, and round differently.
+        torch.set_num_threads(self._threads)
         try:
             with torch.no_grad():
                 self._forward()
@@ -90,7 +93,8 @@ def lockstep(
     Args:
         model: the model whose layers are replaced in place, one after the other.
         forwards: one callable per batch; each runs the model on it.
-        layers: name to module; the modules must be in the model under these names.
+        layers: name to module, in the order the model defines them; the modules must be in the model under these
+            names.
         visit: ``(name, batch indices, inputs) -> module that takes the layer's place`` (it may be the layer itself).
             Inputs are in batch order; the layer's input is its first positional argument.
 
@@ -101,16 +105,19 @@ def lockstep(
     """
     current = _Current()
     replaced: dict[str, nn.Module] = {}
+    order = {name: place for place, name in enumerate(layers)}
 
     def gate(name: str, layer: nn.Module) -> Callable[..., Any]:
         own_forward = layer.forward
 
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            # nn.Linear calls its input so, Conv1D calls it x.
+            x = args[0] if args else next(iter(kwargs.values()))
             runner = current.runner
             module = replaced.get(name) if name in replaced or runner is None else runner.halt(name, x)
             if module is None or module is layer:
-                return own_forward(x, *args, **kwargs)
-            return module(x, *args, **kwargs)
+                return own_forward(*args, **kwargs)
+            return module(x)
 
         return forward
 
@@ -130,9 +137,9 @@ def lockstep(
             halted = [runner for runner in runners if runner.waiting is not None]
             if not halted:
                 break
-            # Where batches took different ways (experts), the layer that most of them wait for goes first.
-            names = [runner.waiting[0] for runner in halted if runner.waiting is not None]
-            name = max(dict.fromkeys(names), key=names.count)
+            # Where batches took different ways (experts), the layer that the model defines first goes first: the
+            # batches that wait before it have yet to reach the layers behind it.
+            name = min((runner.waiting[0] for runner in halted if runner.waiting is not None), key=order.__getitem__)
             here = [runner for runner in halted if runner.waiting is not None and runner.waiting[0] == name]
             inputs = [runner.waiting[1] for runner in here if runner.waiting is not None]
             new = visit(name, [runner.index for runner in here], inputs)

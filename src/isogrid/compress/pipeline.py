@@ -102,16 +102,16 @@ def compress(
             for name in [name for name in layers if name not in {done.name for done in report.layers}]:
                 model.set_submodule(name, fit(name, None))
             report.calibration = f"{rows} rows, inputs of the compressed part"
+        report.model_bytes, report.model_parameters = stored_bytes(model), count_parameters(model)
+        report.warnings = _warnings(report)
+        for message in report.warnings:  # inside: a caller's filter may make them errors
+            warnings.warn(message, IsogridWarning, stacklevel=2)
+        mark_structured(model, fmt)
     except BaseException:
         for name, module in layers.items():
             model.set_submodule(name, module)
         raise
-    mark_structured(model, fmt)
-    report.model_bytes, report.model_parameters = stored_bytes(model), count_parameters(model)
     report.seconds = time.perf_counter() - begun
-    report.warnings = _warnings(report)
-    for message in report.warnings:
-        warnings.warn(message, IsogridWarning, stacklevel=2)
     return report
 
 
@@ -179,6 +179,8 @@ def _fit_layer(
     relative = (squared_norm(residual, cost_of_errors) / whole) ** 0.5 if whole > 0 else 0.0
     layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
     layer.requires_grad_(linear.weight.requires_grad)
+    if bias is not None and layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
     layer.train(linear.training)
     return layer, LayerReport(
         name=name,

@@ -79,8 +79,9 @@ def _in_blocks(model: Any, linear: dict[str, nn.Module]) -> list[str]:
     blocks = tuple(
         f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     )
-    inside = [name for name in linear if blocks and name.startswith(blocks)]
-    return [name for name in (inside or linear) if linear[name] is not head]
+    # A model whose blocks are compressed already has blocks: its heads are no less heads for that.
+    inside = [name for name in linear if not blocks or name.startswith(blocks)]
+    return [name for name in inside if linear[name] is not head]
 
 
 def _tied(model: Any, linear: dict[str, nn.Module]) -> set[str]:
