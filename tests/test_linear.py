@@ -343,6 +343,15 @@ def test_view_kept_from_inference_mode_serves_autograd() -> None:
     assert torch.allclose(x.grad, layer.dense().sum(0).expand(2, N))
 
 
+def test_a_cast_lets_the_kept_view_go() -> None:
+    layer = make(Monarch(blocks=3)).eval()
+    with torch.no_grad():
+        layer.weight.sum()
+    assert layer.memory()["dense view"] > 0
+    layer.to(torch.bfloat16)
+    assert layer.memory() == {"factors": layer.cost().bytes, "bias": 2 * M, "dense view": 0}
+
+
 def test_the_kept_view_carries_no_gradient_but_the_live_one_does() -> None:
     layer = make(Monarch(blocks=3)).eval()
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,8 +53,13 @@ class DenseView(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        # transformers initialises whatever has a weight: that must reach neither a factor nor the kept matrix.
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         args, kwargs = torch.utils._pytree.tree_map_only(
-            DenseView, lambda view: view._materialize(), (args, kwargs or {})
+            DenseView,
+            lambda view: view._materialize().clone() if writes else view._materialize(),
+            (args, kwargs or {}),
         )
         return func(*args, **kwargs)
 
@@ -66,6 +72,29 @@ class DenseView(torch.Tensor):
             DenseView, lambda view: view._materialize(), (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+class _Snapshot:
+    """Which tensors the factors were, and in which state.
+
+    Weak references, since an id is used again when its tensor is gone; the storage's address beside the version, since
+    ``parameter.data = …`` changes the one and not the other.
+    """
+
+    def __init__(self, factors: Mapping[str, Tensor]) -> None:
+        self.seen = [(weakref.ref(value), self._state(value)) for value in factors.values()]
+
+    @staticmethod
+    def _state(value: Tensor) -> tuple[int, int]:
+        local = value.to_local() if hasattr(value, "to_local") else value
+        return value._version, local.data_ptr()
+
+    def is_current(self, factors: Mapping[str, Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        return all(
+            reference() is value and state == self._state(value)
+            for (reference, state), value in zip(self.seen, factors.values(), strict=True)
+        )
 
 
 class StructuredLinear(nn.Module):
@@ -128,7 +157,7 @@ class StructuredLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
-        self._cached_dense: tuple[tuple[int, ...], Tensor] | None = None
+        self._cached_dense: tuple[_Snapshot, Tensor] | None = None
         specs = format.factors(out_features, in_features)
         self._factor_names = tuple(specs)
         for name, spec in specs.items():
@@ -230,12 +259,11 @@ class StructuredLinear(nn.Module):
             return self.format.dense(factors, self.out_features, self.in_features)
         if self.training or torch.compiler.is_compiling():
             return self.format.dense(factors, self.out_features, self.in_features)
-        versions = tuple(item for value in factors.values() for item in (id(value), value._version))
-        if self._cached_dense is None or self._cached_dense[0] != versions:
-            self._cached_dense = (
-                versions,
-                self.format.dense(factors, self.out_features, self.in_features).detach(),
-            )
+        if torch.is_inference_mode_enabled():  # autograd can't use afterwards what is computed here
+            return self.format.dense(factors, self.out_features, self.in_features)
+        if self._cached_dense is None or not self._cached_dense[0].is_current(self.factors):
+            dense = self.format.dense(factors, self.out_features, self.in_features).detach()
+            self._cached_dense = _Snapshot(self.factors), dense
         return self._cached_dense[1]
 
     @property
@@ -252,7 +280,7 @@ class StructuredLinear(nn.Module):
         merged = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=like.dtype
         )
-        merged.weight = nn.Parameter(self.dense().detach().clone())
+        merged.weight = nn.Parameter(self.dense().detach().clone(memory_format=torch.contiguous_format))
         if self.bias is not None:
             merged.bias = nn.Parameter(self.bias.detach().clone())
         return merged.train(self.training)

@@ -60,6 +60,21 @@ def test_never_worse_where_the_product_is_wild() -> None:
     assert (wild(found, eye).T - target).norm() <= (wild(begin, eye).T - target).norm()
 
 
+def test_returns_the_best_met_when_the_product_breaks_down() -> None:
+    target, begin = gaussian(7, 6), start(7, 2, 6)
+    for healthy in (1, 2, 30):
+        calls = 0
+
+        def breaking(factors: dict[str, Tensor], x: Tensor, healthy: int = healthy) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return two_factors(factors, x) * (1 if calls <= healthy else torch.nan)
+
+        found = descend(breaking, begin, {"left", "right"}, target, None, steps=100)
+        assert torch.isfinite(found["left"]).all()
+        assert error_of(found, target, None) <= error_of(begin, target, None)
+
+
 def test_moves_only_what_is_trainable_and_leaves_the_start_alone() -> None:
     begin = start(7, 2, 6) | {"order": torch.arange(6)}
     copies = {name: value.clone() for name, value in begin.items()}

@@ -46,8 +46,14 @@ def descend(
     if metric is not None:
         samples = metric.root.mT
     wish = samples @ target.mT
-    size = wish.square().sum().clamp(min=torch.finfo(wish.dtype).tiny)
-    moving = {name: value.detach().clone().requires_grad_(name in trainable) for name, value in start.items()}
+    # A target of zero has no size of its own: its error counts as it is.
+    size = wish.square().sum()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    # Contiguous: torch's L-BFGS flattens gradients with `view`.
+    moving = {
+        name: value.detach().clone(memory_format=torch.contiguous_format).requires_grad_(name in trainable)
+        for name, value in start.items()
+    }
     parameters = [value for name, value in moving.items() if name in trainable]
     best_value, best = float("inf"), {name: value.detach().clone() for name, value in moving.items()}
 
@@ -83,11 +89,13 @@ def descend(
         value.backward()
         return value
 
-    for done in range(chunk, steps + chunk, chunk):
+    for begun in range(0, steps, chunk):
+        done = min(begun + chunk, steps)
+        optimizer.param_groups[0].update(max_iter=done - begun, max_eval=(done - begun) * 5 // 4)
         optimizer.step(closure)
         after = keep_best()
         if on_step is not None:
-            on_step(min(done, steps), min(after, before) * float(size))
+            on_step(done, min(after, before) * float(size))
         if not after < before * (1 - tolerance) or after < 1e-28:
             break
         before = after

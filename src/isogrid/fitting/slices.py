@@ -66,7 +66,10 @@ def fit_slices(
     by_column = moment.view(columns, p, n)
     roots = cholesky(torch.stack([by_column[c, :, c * p : (c + 1) * p] for c in range(columns)]))  # (C, p, p)
 
-    left, right = _truncate(blocks @ roots, roots, ranks)
+    width = min(int(ranks.max()), s, p)
+    if width == 0:
+        return project_slices(blocks, ranks)
+    left, right = _truncate(blocks @ roots, roots, ranks, width)
     objective = None
     for step in range(sweeps + 1):
         fitted = left @ right  # (A, C, s, p)
@@ -83,7 +86,7 @@ def fit_slices(
             part = residual[:, :, c * p : (c + 1) * p]
             # Whitened target of this column group while the others stand still.
             wish = torch.linalg.solve_triangular(roots[c].mT, part, upper=True, left=False) + fitted[:, c] @ roots[c]
-            left[:, c], right[:, c] = _truncate(wish, roots[c], ranks[:, c])
+            left[:, c], right[:, c] = _truncate(wish, roots[c], ranks[:, c], width)
             residual -= (left[:, c] @ right[:, c] - fitted[:, c]) @ by_column[c]
         left, right = _joint_left(right, ranks, target_moment, moment)
     # Rows of `right` need not be orthonormal: their triangular factor moves left before the split.
@@ -97,9 +100,8 @@ def _rank_mask(ranks: Tensor, width: int) -> Tensor:
     return (torch.arange(width, device=ranks.device) < ranks.unsqueeze(-1)).to(torch.float64)
 
 
-def _truncate(weighted: Tensor, roots: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+def _truncate(weighted: Tensor, roots: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """``left · right`` nearest to ``weighted · roots⁻¹`` under the metric with those roots; batched, mixed ranks."""
-    width = min(int(ranks.max()), *weighted.shape[-2:])
     left = leading_left(weighted, width) * _rank_mask(ranks, width).unsqueeze(-2)
     return left, torch.linalg.solve_triangular(roots, left.mT @ weighted, upper=False, left=False)
 
@@ -107,7 +109,7 @@ def _truncate(weighted: Tensor, roots: Tensor, ranks: Tensor) -> tuple[Tensor, T
 def _balanced(u: Tensor, sigma: Tensor, vh: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """``u σ`` and ``vh`` shared out evenly, cut to the ranks; a missing direction keeps a unit row on the right."""
     kept = sigma.shape[-1]
-    alive = sigma > sigma.amax(-1, keepdim=True) * 1e-14
+    alive = sigma > sigma[..., :1] * 1e-14
     scale = torch.where(alive, sigma, torch.ones_like(sigma)).sqrt()
     mask = _rank_mask(ranks, kept)
     left = u * (torch.where(alive, sigma, torch.zeros_like(sigma)) / scale * mask).unsqueeze(-2)

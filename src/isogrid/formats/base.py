@@ -7,6 +7,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,12 @@ class Budget:
         limit = self.parameters if self.parameters is not None else self.bytes
         assert limit is not None
         return self._with(max(limit - self.amount(cost), 0))
+
+    def plus(self, cost: Cost) -> Budget:
+        """The budget and a cost's amount beside it."""
+        limit = self.parameters if self.parameters is not None else self.bytes
+        assert limit is not None
+        return self._with(limit + self.amount(cost))
 
     def minus_budget(self, other: Budget) -> Budget:
         """What is left after another budget of the same unit is set aside, never below zero."""
@@ -500,7 +507,8 @@ def as_format(value: Format | str | Mapping[str, Any]) -> Format:
     if bracket:
         if not rest.endswith(")"):
             raise IsogridError(f"format {value!r}: the closing bracket is missing; write name(key=value, …)")
-        for part in filter(None, (piece.strip() for piece in rest[:-1].split(","))):
+        # A comma within brackets belongs to a value: out_factors=[4, 7].
+        for part in filter(None, (piece.strip() for piece in re.split(r",(?![^\[]*\])", rest[:-1]))):
             key, equals, text = part.partition("=")
             if not equals:
                 raise IsogridError(f"format {value!r}: {part!r} is not key=value")
@@ -562,7 +570,7 @@ def require_rank(fmt: Format, rank: int | None, limit: int | None = None) -> int
     """A given rank; raises IsogridError when it is missing, below 1 or above the limit."""
     if rank is None:
         raise IsogridError(f"{fmt.name} has no rank yet: give rank=… or call .sized(out, in, budget)")
-    if rank < 1 or (limit is not None and rank > limit):
+    if not isinstance(rank, int) or rank < 1 or (limit is not None and rank > limit):
         raise IsogridError(f"{fmt.name}: rank {rank} is not in 1 … {limit if limit is not None else '∞'}")
     return rank
 
@@ -604,7 +612,9 @@ def _scale_to(fmt: Format, factors: Factors, target: Tensor) -> None:
     specs = fmt.factors(*target.shape)
     norm = fmt.dense(factors, *target.shape).norm()
     weights = [name for name, spec in specs.items() if spec.role == "weight"]
-    if weights and norm > 0 and target.norm() > 0:
+    if weights and target.norm() == 0:
+        factors[weights[-1]] = torch.zeros_like(factors[weights[-1]])
+    elif weights and norm > 0:
         factor = (target.norm() / norm) ** (1 / len(weights))
         for name in weights:
             factors[name] = factors[name] * factor

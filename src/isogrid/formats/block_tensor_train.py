@@ -129,11 +129,13 @@ class BlockTensorTrain(Format):
         solver: str,
         on_step: OnStep | None,
         sweeps: int = 3,
+        tolerance: float = 1e-3,
         **options: Any,
     ) -> Factors:
         """One SVD per block without a metric (global optimum); exact block descent over the blocks under one.
 
-        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (3).
+        Solvers: default; "projection" ignores the metric. Options: ``sweeps``, most rounds of
+        descent (3), and ``tolerance``, the relative decrease of a round at which to stop (1e-3).
         """
         require_solver(self, solver, ("default", "projection"))
         n0, n1, m1, m0 = self.grid(*target.shape)
@@ -143,7 +145,9 @@ class BlockTensorTrain(Format):
         if metric is None or solver == "projection":
             left, right = project_slices(blocks, ranks)
         else:
-            left, right = fit_slices(blocks, ranks, metric.padded(m1 * m0), sweeps=sweeps, on_step=on_step)
+            left, right = fit_slices(
+                blocks, ranks, metric.padded(m1 * m0), sweeps=sweeps, tolerance=tolerance, on_step=on_step
+            )
         return {
             "right": right.permute(1, 3, 0, 2).reshape(m1, m0, n0 * self.rank),
             "left": left.transpose(2, 3).reshape(n0, m1 * self.rank, n1),

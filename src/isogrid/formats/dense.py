@@ -41,4 +41,4 @@ class Dense(Format):
     def solve(self, target: Tensor, metric: Metric | None, *, solver: str, **options: Any) -> Factors:
         """The target."""
         require_solver(self, solver, ("default",))
-        return {"matrix": target}
+        return {"matrix": target.clone()}

@@ -44,7 +44,6 @@ class LowRankLight(Format):
         optimal=True,
         optimal_under_metric=True,
         monotone_in_budget=True,
-        linear_in_factors=True,
     )
 
     def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:

@@ -102,11 +102,13 @@ class Monarch(Format):
         solver: str,
         on_step: OnStep | None,
         sweeps: int = 3,
+        tolerance: float = 1e-3,
         **options: Any,
     ) -> Factors:
         """One SVD per slice without a metric (global optimum); exact block descent over the slices under one.
 
-        Solvers: default; "projection" ignores the metric. Option ``sweeps``: most rounds of descent (3).
+        Solvers: default; "projection" ignores the metric. Options: ``sweeps``, most rounds of
+        descent (3), and ``tolerance``, the relative decrease of a round at which to stop (1e-3).
         """
         require_solver(self, solver, ("default", "projection"))
         out_block, hidden, in_block = self._sizes(*target.shape)
@@ -117,7 +119,9 @@ class Monarch(Format):
         if metric is None or solver == "projection":
             left, right = project_slices(slices, ranks)
         else:
-            left, right = fit_slices(slices, ranks, metric.padded(b * in_block), sweeps=sweeps, on_step=on_step)
+            left, right = fit_slices(
+                slices, ranks, metric.padded(b * in_block), sweeps=sweeps, tolerance=tolerance, on_step=on_step
+            )
         # Hidden unit e sits in column group e // hidden and row group e mod blocks; there it is direction j.
         unit = torch.arange(b * hidden, device=target.device)
         a, c = unit % b, unit // hidden

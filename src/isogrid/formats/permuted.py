@@ -18,7 +18,6 @@ from isogrid.formats.base import (
     Factors,
     Format,
     OnStep,
-    Traits,
     prefixed,
     require_solver,
     unprefixed,
@@ -37,7 +36,6 @@ class Permuted(Format):
     inner: Format = field(default_factory=Monarch)
 
     name: ClassVar[str] = "permuted"
-    traits: ClassVar[Traits] = Traits(linear_in_factors=True)
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Format):

@@ -18,7 +18,6 @@ from isogrid.formats.base import (
     Factors,
     Format,
     OnStep,
-    Traits,
     prefixed,
     require_solver,
     unprefixed,
@@ -38,7 +37,6 @@ class Sum(Format):
     terms: tuple[Format, ...] = (LowRank(), Monarch())
 
     name: ClassVar[str] = "sum"
-    traits: ClassVar[Traits] = Traits(linear_in_factors=True)
 
     def __post_init__(self) -> None:
         if not self.terms or not all(isinstance(term, Format) for term in self.terms):
@@ -104,6 +102,11 @@ class Sum(Format):
             sized = term.sized(out_features, in_features, available)
             left = left.minus(sized.cost(out_features, in_features, budget.dtype))
             terms.append(sized)
+        # What the last term leaves goes round once more: each term may have its own cost and all that is left.
+        for i, term in enumerate(terms):
+            available = left.plus(term.cost(out_features, in_features, budget.dtype))
+            terms[i] = term.sized(out_features, in_features, available)
+            left = available.minus(terms[i].cost(out_features, in_features, budget.dtype))
         return type(self)(tuple(terms))
 
     def solve(
