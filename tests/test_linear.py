@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.formats.cases import gaussian, generator, ill_conditioned, middle_member
 from torch import Tensor, nn
 
 from isogrid import (
@@ -30,6 +29,7 @@ from isogrid import (
 )
 from isogrid.formats import Factor, registered
 from isogrid.linear import is_linear, linear_matrix
+from tests.formats.cases import gaussian, generator, ill_conditioned, middle_member
 
 M, N = 12, 10
 NAMES = list(registered())

@@ -9,13 +9,13 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tests import models
 from torch import nn
 
 import isogrid
 from isogrid import CheckpointError, IsogridError, compress
 from isogrid.checkpoint import write_folder
 from isogrid.compress import structured_layers
+from tests import models
 
 LLAMA_LAYER = "model.layers.0.mlp.up_proj"
 PLAIN_LAYER = "blocks.0.up"

@@ -9,7 +9,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tests import models
 from torch import nn
 
 import isogrid
@@ -17,6 +16,7 @@ from isogrid import IsogridError, Permuted, StructuredLinear, Sum, compress
 from isogrid.checkpoint import dense_copy
 from isogrid.compress import stored_bytes, structured_layers
 from isogrid.formats import LowRank, Monarch
+from tests import models
 
 FORMATS = {  # one of each kind: plain factors, integer factors, nested
     "llama": "low_rank_light",

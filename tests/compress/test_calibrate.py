@@ -1,11 +1,11 @@
 import pytest
 import torch
-from tests import models
 from torch import nn
 
 from isogrid import IsogridError, collect_moments, select_layers
 from isogrid.compress import as_batches
 from isogrid.compress.calibrate import ROWS_PER_BATCH
+from tests import models
 
 
 def rows_by_hook(model, layers, batches, masks=None):

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from tests import models
 from torch import nn
 
 import isogrid
@@ -24,6 +23,7 @@ from isogrid.compress import dense_parameters, stored_bytes, structured_layers
 from isogrid.data import load_stories260k
 from isogrid.formats import Budget, as_format, registered
 from isogrid.linear import linear_matrix
+from tests import models
 
 CLOSED_FORM = ("low_rank", "monarch(blocks=4)")
 TOY = "toy_shuffled_groups"

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests import models
 
 from isogrid import LowRank, select_layers
 from isogrid.compress import allocate_uniform, estimate_seconds
+from tests import models
 
 
 @pytest.mark.parametrize("rows", [0, 10_000])

@@ -2,12 +2,12 @@ import threading
 
 import pytest
 import torch
-from tests import models
 from torch import nn
 
 from isogrid.compress import select_layers
 from isogrid.compress.calibrate import forward_calls
 from isogrid.compress.lockstep import lockstep
+from tests import models
 
 
 def run(model, batches, visit, select=None):

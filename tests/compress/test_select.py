@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tests import models
 from torch import nn
 
 from isogrid import IsogridError, compress, select_layers
+from tests import models
 
 HEADS = ("lm_head", "classifier", "pooler", "predictions", "head", "stem", "shared", "embed")
 

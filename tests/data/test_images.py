@@ -2,11 +2,11 @@ import importlib.metadata
 
 import pytest
 import torch
-from tests.data import needs
 
 from isogrid.data import load_photographs, open_photographs, prepare_image
 from isogrid.data.images import SCIKIT_IMAGE_PHOTOGRAPHS
 from isogrid.errors import IsogridError
+from tests.data import needs
 
 # What black becomes: -mean / deviation of ImageNet's channels.
 BLACK = torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225])

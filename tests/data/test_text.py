@@ -4,10 +4,10 @@ import types
 
 import pytest
 import torch
-from tests.data import needs
 
 from isogrid.data import DatasetNotFoundError, hub, load_text, token_windows
 from isogrid.errors import IsogridError
+from tests.data import needs
 
 
 def letters(text: str, *, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:

@@ -3,12 +3,12 @@ import math
 
 import pytest
 import torch
-from tests.data import needs
 from torch import nn
 
 from isogrid.data import load_pretrained, load_text, token_windows
 from isogrid.errors import IsogridError
 from isogrid.evaluation import perplexity
+from tests.data import needs
 
 
 class Bigram(nn.Module):

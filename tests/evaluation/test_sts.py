@@ -3,12 +3,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.data import needs
 from torch import nn
 
 from isogrid.data import SentencePairs, load_pretrained, load_sts
 from isogrid.errors import IsogridError
 from isogrid.evaluation import embed_sentences, spearman, sts_spearman
+from tests.data import needs
 
 
 class Padded(dict):

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.formats.cases import gaussian, ill_conditioned, metrics
-from tests.toy_format import ShuffledGroups
 from torch import Tensor
 
 from isogrid import Format, LowRank, Metric
 from isogrid.fitting import descend, low_rank, squared_norm
+from tests.formats.cases import gaussian, ill_conditioned, metrics
+from tests.toy_format import ShuffledGroups
 
 
 def two_factors(factors: dict[str, Tensor], x: Tensor) -> Tensor:

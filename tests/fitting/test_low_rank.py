@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.formats.cases import gaussian, generator, ill_conditioned
 
 from isogrid import IsogridError
 from isogrid.fitting import balance, dominant_inputs, leading_left, low_rank
 from isogrid.fitting.low_rank import GRAM_FROM
+from tests.formats.cases import gaussian, generator, ill_conditioned
 
 SOLVERS = ("default", "svd", "gram", "randomized")
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from tests.formats.cases import gaussian, generator, ill_conditioned
 
 from isogrid import IsogridError, Metric
 from isogrid.fitting import cholesky, squared_norm
 from isogrid.fitting.metric import DEAD_INPUT_FLOOR
+from tests.formats.cases import gaussian, generator, ill_conditioned
 
 
 def test_moment_of_rows() -> None:

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.formats.cases import gaussian, ill_conditioned
 from torch import Tensor
 
 from isogrid import Metric
 from isogrid.fitting import fit_slices, project_slices
 from isogrid.fitting import slices as slices_module
+from tests.formats.cases import gaussian, ill_conditioned
 
 MIXED = torch.tensor([[0, 1, 2], [3, 2, 0]])
 

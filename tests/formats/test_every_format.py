@@ -12,6 +12,11 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from isogrid import Budget, BudgetError, Format, IsogridError, LowRank, LowRankLight, Metric, Sum
+from isogrid.fitting import squared_norm
+from isogrid.formats import as_format, check_factors, format_from_dict, new_factors, registered
 from tests.formats.cases import (
     DTYPES,
     KEEPS,
@@ -33,11 +38,6 @@ from tests.formats.cases import (
     trainable,
     with_trait,
 )
-from torch.utils.flop_counter import FlopCounterMode
-
-from isogrid import Budget, BudgetError, Format, IsogridError, LowRank, LowRankLight, Metric, Sum
-from isogrid.fitting import squared_norm
-from isogrid.formats import as_format, check_factors, format_from_dict, new_factors, registered
 
 LEADING = ((), (3,), (2, 1, 3), (0,))
 NAMES = list(registered())

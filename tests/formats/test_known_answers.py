@@ -9,12 +9,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from tests.formats.cases import case_id, gaussian, generator, ill_conditioned, over, random_factors
 from torch import Tensor
 
 from isogrid import BlockTensorTrain, Budget, Format, LowRank, LowRankLight, Metric, Monarch, Permuted, Sum
 from isogrid.fitting import fit_slices, squared_norm
 from isogrid.formats.block_tensor_train import balanced_pair, greedy_pair
+from tests.formats.cases import case_id, gaussian, generator, ill_conditioned, over, random_factors
 
 F64 = torch.float64
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.formats.cases import gaussian, prototypes, random_factors, suits
 
 from isogrid import Budget, BudgetError, Format, StructuredLinear
 from isogrid.formats import registered
+from tests.formats.cases import gaussian, prototypes, random_factors, suits
 
 bounded = settings(max_examples=25, deadline=None, derandomize=True)
 NAMES = list(registered())

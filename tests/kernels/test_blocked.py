@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.formats.cases import gaussian
 from torch import Tensor
 
 from isogrid.kernels import two_stage
+from tests.formats.cases import gaussian
 
 # k, q, p, l, s, r with l r = k q
 SIZES = [
