@@ -1,6 +1,6 @@
 """Structured matrices for efficient deep learning: one interface for every format, on the models people have."""
 
-from isogrid.checkpoint import load, save
+from isogrid.checkpoint import load, merge, save
 from isogrid.checkpoint.transformers_plugin import install as _install
 from isogrid.compress import CompressionReport, Moments, collect_moments, compress, select_layers
 from isogrid.errors import BudgetError, CheckpointError, IsogridError, IsogridWarning
@@ -49,6 +49,7 @@ __all__ = [
     "collect_moments",
     "compress",
     "load",
+    "merge",
     "save",
     "select_layers",
 ]

@@ -26,11 +26,12 @@ from isogrid.checkpoint.layers import (
     config_of,
     describe_layers,
     mark_structured,
+    matrix_like,
     parse_config,
 )
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
-from isogrid.linear import StructuredLinear, linear_matrix
+from isogrid.linear import StructuredLinear
 
 
 def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
@@ -91,6 +92,8 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     """
     folder = Path(folder)
     config = read_config(folder)
+    if config.get("model_type") == "isogrid_vit_saliency":
+        import isogrid.data.saliency  # noqa: F401  registers the architecture
     headers = read_headers(weight_files(folder))
     if config.get("architectures"):
         if model is not None:
@@ -115,8 +118,23 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     dense = {place: model.get_submodule(place) for place in places}
     attach_layers(model, layers, str(folder))
     for place, layer in dense.items():
-        model.get_submodule(place).to_empty(device=linear_matrix(layer).device).train(layer.training)
+        model.get_submodule(place).to_empty(device=matrix_like(layer).device).train(layer.training)
     model.load_state_dict(state, assign=False)
+    return model
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Multiply every structured layer out, in place: afterwards the model is dense, and saves as one.
+
+    Layers become ``nn.Linear``; a GPT-2 checkpoint that plain readers take is written by ``save(…, dense=True)``.
+
+    Returns:
+        The model.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, StructuredLinear):
+            model.set_submodule(name, layer.merge())
+    mark_structured(model)
     return model
 
 
@@ -163,13 +181,14 @@ def dense_copy(model: Any) -> Any:
     return skeleton.train(model.training)
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a new folder beside the place and rename it there; an earlier checkpoint gives way only then.
+def check_target(folder: Path) -> Path:
+    """The resolved place of a checkpoint to be written: new, empty, or an earlier checkpoint that may be replaced.
 
     Raises:
-        IsogridError: the place is a file, or a folder that holds something else than a checkpoint.
+        IsogridError: a file, the working directory, a folder that holds something else, or a place that can't be
+            written to.
     """
-    asked, folder = folder, folder.resolve()  # a link stays, what it points to is replaced
+    folder = folder.resolve()  # a link stays, what it points to is replaced
     if folder.is_file():
         raise IsogridError(f"{folder} is a file; give a folder to write to")
     if folder == Path.cwd() or folder in Path.cwd().parents:
@@ -178,6 +197,21 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
         foreign = _foreign(folder)
         if foreign is not None:
             raise IsogridError(f"{folder} holds {foreign!r}, no part of a checkpoint; give an empty or new folder")
+    place = folder.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise IsogridError(f"{place} can't be written to; give another folder")
+    return folder
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a new folder beside the place and rename it there; an earlier checkpoint gives way only then.
+
+    Raises:
+        IsogridError: see `check_target`.
+    """
+    asked, folder = folder, check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.writing-{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)

@@ -138,7 +138,7 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
             raise CheckpointError(
                 f"{source}: layer {name!r} is not in {type(model).__name__}; the checkpoint belongs to another model"
             )
-        shape = tuple(linear_matrix(model.get_submodule(place)).shape)
+        shape = tuple(matrix_like(model.get_submodule(place)).shape)
         if shape != (entry.out_features, entry.in_features):
             raise CheckpointError(
                 f"{source}: layer {name!r} is {entry.out_features} x {entry.in_features}, in {type(model).__name__} "
@@ -148,15 +148,21 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
     if layers and not resolved:
         raise CheckpointError(f"{source}: none of its layers is in {type(model).__name__}; it belongs to another model")
     for name, place in resolved.items():
-        dtype = linear_matrix(model.get_submodule(place)).dtype
+        dtype = matrix_like(model.get_submodule(place)).dtype
         model.set_submodule(place, layers[name].build(dtype))
     return resolved
+
+
+def matrix_like(module: nn.Module) -> Tensor:
+    """Something with the sizes, dtype and device of a layer's matrix; nothing is multiplied out."""
+    return module.weight if isinstance(module, StructuredLinear) else linear_matrix(module)
 
 
 def _find_layer(model: nn.Module, name: str, prefix: str) -> str | None:
     for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
         try:
-            if is_linear(model.get_submodule(candidate)):
+            place = model.get_submodule(candidate)
+            if is_linear(place) or isinstance(place, StructuredLinear):
                 return candidate
         except AttributeError:
             continue

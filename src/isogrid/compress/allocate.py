@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import nn
@@ -18,8 +19,9 @@ def allocate_uniform(layers: Mapping[str, nn.Module], fmt: Format, keep: float) 
         IsogridError: keep outside (0, 1).
         BudgetError: a layer has no member that small; names the layer.
     """
-    if not 0 < keep < 1:
-        raise IsogridError(f"keep is a fraction of the selected dense parameters between 0 and 1, got {keep}")
+    if not isinstance(keep, int | float) or not 0 < keep < 1:
+        raise IsogridError(f"keep is a fraction of the selected dense parameters between 0 and 1, got {keep!r}")
+    _refuse_explicit_sizes(fmt)
     sized: dict[str, Format] = {}
     for name, module in layers.items():
         out_features, in_features = linear_matrix(module).shape
@@ -28,3 +30,14 @@ def allocate_uniform(layers: Mapping[str, nn.Module], fmt: Format, keep: float) 
         except BudgetError as error:
             raise BudgetError(f"layer {name!r}: {error}; or skip the layer") from None
     return sized
+
+
+def _refuse_explicit_sizes(fmt: Format) -> None:
+    """A size that keep would override is a contradiction, and a label that names it would be untrue."""
+    for field in dataclasses.fields(fmt):
+        value = getattr(fmt, field.name)
+        if field.name == fmt.size_field and value != field.default:
+            raise IsogridError(f"{fmt.label()}: keep chooses the {field.name}; leave {field.name}={value} out")
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, Format):
+                _refuse_explicit_sizes(part)

@@ -94,8 +94,14 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
     Raises:
         IsogridError: texts without a tokenizer, or nothing at all.
     """
+    if length < 1:
+        raise IsogridError(f"a window has at least one token, got length {length}")
     if isinstance(calibration, str):
+        if len(calibration) < 60 and " " not in calibration:
+            raise IsogridError(f"calibration {calibration!r} is a name, not a text; pass load_text({calibration!r})")
         calibration = _windows(calibration, _required(tokenizer), length)
+    if hasattr(calibration, "__array__") and not isinstance(calibration, Tensor):
+        calibration = torch.as_tensor(calibration)
     batches: list[Any]
     if isinstance(calibration, Tensor):
         rows = calibration.shape[0]
@@ -152,17 +158,40 @@ def forward_calls(model: nn.Module, batches: Sequence[Any]) -> list[Callable[[],
     # Keys and values of every layer, kept for a generation that never comes, would outweigh everything else.
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
-    def call(batch: Any) -> Callable[[], Any]:
-        def run() -> Any:
+    def call(index: int, batch: Any) -> Callable[[], Any]:
+        def forward() -> Any:
             if isinstance(batch, Mapping):
                 return model(**extra | {key: _to(value, device) for key, value in batch.items()})
             if isinstance(batch, tuple | list):
                 return model(*(_to(value, device) for value in batch), **extra)
             return model(_to(batch, device), **extra)
 
+        def run() -> Any:
+            try:
+                return forward()
+            except (TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError) as error:
+                if isinstance(error, IsogridError | torch.OutOfMemoryError):
+                    raise
+                raise IsogridError(
+                    f"calibration batch {index} ({_form(batch)}) does not go through {type(model).__name__}: {error}; "
+                    "batches are dicts of forward's keyword arguments, tensors, or tuples of positional arguments"
+                ) from error
+
         return run
 
-    return [call(batch) for batch in batches]
+    return [call(index, batch) for index, batch in enumerate(batches)]
+
+
+def _form(value: Any) -> str:
+    """What a batch is made of, in few words."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "dict of " + ", ".join(f"{key}: {_form(item)}" for key, item in value.items())
+    if isinstance(value, tuple | list):
+        kind = type(value).__name__
+        return f"{kind} of {', '.join(_form(item) for item in value[:3])}{', …' if len(value) > 3 else ''}"
+    return type(value).__name__
 
 
 def _to(value: Any, device: torch.device) -> Any:

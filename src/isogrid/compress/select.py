@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from isogrid.errors import IsogridError
-from isogrid.linear import is_linear
+from isogrid.linear import StructuredLinear, is_linear
 
 
 def select_layers(
@@ -33,6 +33,11 @@ def select_layers(
             left.
     """
     linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    structured = sum(isinstance(module, StructuredLinear) for module in model.modules())
+    if is_linear(model):
+        raise IsogridError("this is a single layer; use StructuredLinear.from_linear, or put it into a module")
+    if not linear and structured:
+        raise IsogridError(f"its {structured} linear layers are structured already; start from the dense model")
     if not linear:
         raise IsogridError(f"{type(model).__name__} has no linear layers inside; there is nothing to rewrite")
     tied = _tied(model, linear)
@@ -48,6 +53,10 @@ def select_layers(
         chosen = [name for name in chosen if name not in tied]
     skipped = set(_matching(linear, skip))
     chosen = [name for name in chosen if name not in skipped]
+    if not chosen and structured and select is None and not skipped:
+        raise IsogridError(
+            f"its {structured} layers are structured already; start from the dense model or export it dense"
+        )
     if not chosen:
         raise IsogridError("select and skip leave no layer to rewrite")
     return {name: linear[name] for name in chosen}

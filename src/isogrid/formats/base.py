@@ -444,6 +444,11 @@ class Format(ABC):
 
     def _too_small(self, out_features: int, in_features: int, budget: Budget, cost: Cost) -> str:
         share = cost.parameters / (out_features * in_features)
+        if share >= 1:
+            return (
+                f"{self.label()}: its smallest {out_features} x {in_features} member takes {budget.amount(cost)}, the "
+                f"budget is {budget}; it is no smaller than dense here, so choose other hyper-parameters or another format"
+            )
         return (
             f"{self.label()}: the smallest {out_features} x {in_features} member takes {budget.amount(cost)}, "
             f"the budget is {budget}; keep at least {math.ceil(share * 1000) / 1000:g} of it, or choose another format"
@@ -500,6 +505,8 @@ def as_format(value: Format | str | Mapping[str, Any]) -> Format:
         return value
     if isinstance(value, Mapping):
         return format_from_dict(value)
+    if isinstance(value, type) and issubclass(value, Format):
+        raise IsogridError(f"{value.__name__} is the class of a format; pass {value.__name__}()")
     if not isinstance(value, str):
         raise IsogridError(f"a format is a Format, a name or a description, got {type(value).__name__}")
     head, bracket, rest = value.strip().partition("(")
