@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import isogrid
-from isogrid import CheckpointError, IsogridError, compress
+from isogrid import CheckpointError, IsogridError, StructuredLinear, compress
 from isogrid.checkpoint import write_folder
 from isogrid.compress import structured_layers
 from tests import models
@@ -450,10 +450,31 @@ def test_transformers_checkpoint_with_a_model(folder):
 
 def test_loading_twice_into_one_module(folder):
     model = isogrid.load(folder / "plain", models.blocks())
-    before = models.snapshot(model)
-    with pytest.raises(CheckpointError, match="belongs to another model"):
-        isogrid.load(folder / "plain", model)
-    models.assert_untouched(model, before)
+    again = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(1)
+    isogrid.load(folder / "plain", model)
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_built_of_structured_layers_loads_into_its_twin(tmp_path):
+    def build():
+        return nn.Sequential(StructuredLinear(12, 8, "monarch(rank=1)"), StructuredLinear(8, 4, "low_rank(rank=2)"))
+
+    first, second, x = build(), build(), torch.randn(3, 12)
+    isogrid.save(first, tmp_path / "net")
+    isogrid.load(tmp_path / "net", second)
+    assert torch.equal(first(x), second(x))
+
+
+def test_merged_models_save_as_dense_ones(tmp_path):
+    model = models.llama()
+    compress(model, "low_rank", keep=0.5)
+    isogrid.merge(model).save_pretrained(tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged")
+    assert not any(isinstance(layer, StructuredLinear) for layer in again.modules())
+    assert not hasattr(again.config, "quantization_config")
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------

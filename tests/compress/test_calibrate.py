@@ -4,7 +4,7 @@ from torch import nn
 
 from isogrid import IsogridError, collect_moments, select_layers
 from isogrid.compress import as_batches
-from isogrid.compress.calibrate import ROWS_PER_BATCH
+from isogrid.compress.calibrate import ROWS_PER_BATCH, MomentSum
 from tests import models
 
 
@@ -369,3 +369,19 @@ def test_progress_is_told():
     batches = list(models.feature_batch().split(40))
     collect_moments(model, select_layers(model), batches, on_batch=lambda done, of: told.append((done, of)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_large_mean_does_not_bury_the_variance():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1024, 16, generator=generator)
+    rows[:, ::8] += 3000  # as the massive activations of language models
+    whole, other = MomentSum(), MomentSum()
+    for part in rows[:512].split(128):
+        whole.add(part)
+    for part in rows[512:].split(128):
+        other.add(part)
+    whole.merge(other)
+    exact = torch.cov(rows.double().T, correction=0)
+    metric = whole.metric("layer")
+    torch.testing.assert_close(metric.centred.moment, exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(metric.moment, rows.double().T @ rows.double() / 1024, rtol=1e-6, atol=1e-3)

@@ -565,12 +565,12 @@ FAILURES = {
         IsogridError,
         r"layer 'blocks\.0\.up'.*calibration inputs",
     ),
-    "wrong input": (models.blocks, {"calibration": torch.randn(50, 7)}, RuntimeError, "shapes cannot be multiplied"),
+    "wrong input": (models.blocks, {"calibration": torch.randn(50, 7)}, IsogridError, r"batch 0 .*50, 7.*Blocks"),
     "second batch wrong": (
         models.blocks,
         {"calibration": [models.feature_batch(), torch.randn(50, 7)]},
-        RuntimeError,
-        "shapes cannot be multiplied",
+        IsogridError,
+        r"batch 1 .*50, 7",
     ),
 }
 

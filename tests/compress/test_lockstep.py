@@ -1,3 +1,4 @@
+import contextlib
 import threading
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 from isogrid.compress import select_layers
 from isogrid.compress.calibrate import forward_calls
 from isogrid.compress.lockstep import lockstep
+from isogrid.errors import IsogridError
 from tests import models
 
 
@@ -232,14 +234,14 @@ def test_an_exception_in_the_model_propagates_and_leaves_nothing(bad, error):
 
 def test_an_exception_before_the_first_layer():
     model = models.mlp()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(IsogridError, match="shapes cannot be multiplied"):
         run(model, [torch.randn(2, 24), torch.randn(2, 5)], keep_layer(model), select=["2", "4"])
     assert_nothing_left(model)
 
 
 def test_a_replacement_that_fails_stops_everything():
     model = models.mlp()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(IsogridError, match="shapes cannot be multiplied"):
         run(model, [models.feature_batch()] * 2, lambda *_: nn.Linear(7, 7))
     assert_nothing_left(model)
 
@@ -357,3 +359,38 @@ def test_a_layer_called_with_its_input_by_name():
 
     model = Named()
     assert run(model, [torch.randn(4, 8)], keep_layer(model)) == {"linear"}
+
+
+def test_a_forward_that_others_put_on_a_layer_comes_back():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(x)  # as accelerate's hooks do
+    theirs = model[0].forward
+
+    def visit(*_):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        lockstep(model, [lambda: model(torch.ones(1, 4))], {"0": model[0]}, visit)
+    assert model[0].forward is theirs
+
+
+def test_a_model_that_swallows_everything_leaves_no_thread():
+    class Swallowing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            with contextlib.suppress(BaseException):
+                x = self.first(x)
+            return self.second(x)
+
+    def visit(*_):
+        raise ValueError("no")
+
+    model, before = Swallowing(), threading.active_count()
+    layers = {"first": model.first, "second": model.second}
+    with pytest.raises(ValueError, match="no"):
+        lockstep(model, [lambda: model(torch.ones(1, 4))] * 2, layers, visit)
+    assert threading.active_count() == before

@@ -110,10 +110,15 @@ def test_nothing_left_is_an_error():
         select_layers(models.mlp(), skip="*")
 
 
-@pytest.mark.parametrize("model", [nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU()), nn.Linear(3, 3), nn.Identity()])
+@pytest.mark.parametrize("model", [nn.Sequential(nn.Conv1d(2, 2, 1), nn.ReLU()), nn.Identity()])
 def test_model_without_linear_layers_inside_is_an_error(model):
     with pytest.raises(IsogridError, match="no linear layers inside"):
         select_layers(model)
+
+
+def test_single_layer_is_pointed_to_its_own_way():
+    with pytest.raises(IsogridError, match="from_linear"):
+        select_layers(nn.Linear(3, 3))
 
 
 def test_attention_built_of_parameters_is_left_alone_and_its_output_taken():

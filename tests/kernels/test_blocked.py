@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isogrid.kernels import two_stage
+from isogrid.kernels import blocked, two_stage
 from tests.formats.cases import gaussian
 
 # k, q, p, l, s, r with l r = k q
@@ -90,3 +90,16 @@ def test_gradients(interleave: bool) -> None:
     empty = two_stage(gaussian(0, 4).requires_grad_(), first, second, interleave=interleave)
     grads = torch.autograd.grad(empty.sum(), (first, second))
     assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("rows", [1, blocked.FEW_ROWS, blocked.FEW_ROWS + 1, 2 * blocked.CHUNK_ROWS + 1])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_every_number_of_rows_gives_the_same_rows(rows, interleave):
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    second = torch.randn(2, 7, 6, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, 15, generator=generator, dtype=torch.float64)
+    out = two_stage(x, first, second, interleave=interleave)
+    single = torch.cat([two_stage(row, first, second, interleave=interleave) for row in x.split(1)])
+    torch.testing.assert_close(out, single)
+    assert out.is_contiguous()

@@ -1,11 +1,11 @@
 """Save and load models with structured layers, as Hugging Face models are."""
 
-from isogrid.checkpoint.files import check_target, dense_copy, load, merge, save, write_folder
+from isogrid.checkpoint.files import check_place, dense_copy, load, merge, save, write_folder
 from isogrid.checkpoint.layers import LayerEntry, describe_layers, mark_structured
 
 __all__ = [
     "LayerEntry",
-    "check_target",
+    "check_place",
     "dense_copy",
     "describe_layers",
     "load",

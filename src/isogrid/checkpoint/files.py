@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
 
     Args:
         model: a transformers model or any module.
-        folder: where to; a checkpoint that lies there is replaced, in one step and only when the new one is complete.
+        folder: where to; a checkpoint that lies there is replaced, only when the new one is complete.
         tokenizer: saved beside the model when given.
         dense: multiply the factors out and write a plain checkpoint that needs no Isogrid (transformers models only).
 
@@ -53,7 +54,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
     if dense:
         if not hasattr(model, "save_pretrained"):
             raise IsogridError(
-                "a dense export is a transformers checkpoint; for a plain module save layer.merge() parts"
+                "a dense export is a transformers checkpoint; for a plain module, isogrid.merge it first"
             )
         model = dense_copy(model)
     elif hasattr(model, "save_pretrained"):
@@ -94,13 +95,16 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     config = read_config(folder)
     if config.get("model_type") == "isogrid_vit_saliency":
         import isogrid.data.saliency  # noqa: F401  registers the architecture
-    headers = read_headers(weight_files(folder))
+    files = weight_files(folder)
+    headers = read_headers(files)
     if config.get("architectures"):
         if model is not None:
             raise IsogridError(f"{folder} is a transformers checkpoint; load it without a model")
         if _is_structured(config):
             layers = parse_config(config["quantization_config"], str(folder))
             check_headers(layers, headers, str(folder), complete=False)
+        # Never a question on the terminal whether code of the folder may run.
+        options = {"trust_remote_code": False} | options
         return _transformers_class(config, folder).from_pretrained(folder, **options)
     if model is None:
         raise IsogridError(f"{folder} holds a plain module; pass a dense instance of it as model=…")
@@ -109,7 +113,7 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     skeleton = _on_meta(model)
     places = list(attach_layers(skeleton, layers, str(folder)).values())
     expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-    state = load_file(folder / WEIGHTS)
+    state = {name: value for file in files for name, value in load_file(file).items()}
     for name, kept in _aliases(config, state, str(folder)).items():
         state[name] = state[kept]
     state = {name: value for name, value in state.items() if not _is_mark(name, value, layers)}
@@ -181,14 +185,52 @@ def dense_copy(model: Any) -> Any:
     return skeleton.train(model.training)
 
 
-def check_target(folder: Path) -> Path:
-    """The resolved place of a checkpoint to be written: new, empty, or an earlier checkpoint that may be replaced.
+def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a new folder beside the place and rename it there; an earlier checkpoint gives way only then.
 
     Raises:
-        IsogridError: a file, the working directory, a folder that holds something else, or a place that can't be
-            written to.
+        IsogridError: see `check_place`.
     """
-    folder = folder.resolve()  # a link stays, what it points to is replaced
+    check_place(folder)
+    asked, folder = folder, folder.resolve()  # a link stays, what it points to is replaced
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.parent / f".{folder.name}.writing-{os.getpid()}"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        write(fresh)
+        for file in fresh.rglob("*"):
+            # safetensors writes files that only their owner may read.
+            file.chmod(_readable(file.is_dir()))
+            if file.is_file():
+                _flush(file)
+        if folder.is_dir():
+            # A name of its own: a process killed between the two renames leaves the only copy there.
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
+            folder.rename(aside / "old")
+            try:
+                fresh.rename(folder)
+            except BaseException:
+                (aside / "old").rename(folder)
+                aside.rmdir()
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            fresh.rename(folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return asked
+
+
+def check_place(folder: Path) -> None:
+    """Raise IsogridError unless a checkpoint may be written to a folder; long work asks before it begins.
+
+    Raises:
+        IsogridError: the place is a file, the working directory, a folder that holds something else than a
+            checkpoint, or can't be written to.
+    """
+    folder = folder.resolve()
     if folder.is_file():
         raise IsogridError(f"{folder} is a file; give a folder to write to")
     if folder == Path.cwd() or folder in Path.cwd().parents:
@@ -202,42 +244,6 @@ def check_target(folder: Path) -> Path:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise IsogridError(f"{place} can't be written to; give another folder")
-    return folder
-
-
-def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a new folder beside the place and rename it there; an earlier checkpoint gives way only then.
-
-    Raises:
-        IsogridError: see `check_target`.
-    """
-    asked, folder = folder, check_target(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        write(fresh)
-        for file in fresh.rglob("*"):
-            # safetensors writes files that only their owner may read.
-            file.chmod(_readable(file.is_dir()))
-            if file.is_file():
-                _flush(file)
-        if folder.is_dir():
-            old = folder.parent / f".{folder.name}.replaced-{os.getpid()}"
-            folder.rename(old)
-            try:
-                fresh.rename(folder)
-            except BaseException:
-                old.rename(folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            fresh.rename(folder)
-        _flush(folder.parent)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return asked
 
 
 # What save_pretrained of models and tokenizers writes, and the page of a model on a hub.

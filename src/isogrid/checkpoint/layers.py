@@ -102,6 +102,8 @@ def _parse_entry(name: str, entry: Any, source: str) -> LayerEntry:
             raise CheckpointError(f"{source}: layer {name!r} has sizes {sizes}, not in 1 … {LARGEST_SIDE}")
         parsed = LayerEntry(format_from_dict(entry["format"]), entry["in"], entry["out"], bool(entry["bias"]))
         parsed.tensors()
+    except RecursionError:
+        raise CheckpointError(f"{source}: layer {name!r}: its format is nested too deeply") from None
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{source}: layer {name!r} has an incomplete entry ({error})") from None
     except CheckpointError:
@@ -148,8 +150,9 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
     if layers and not resolved:
         raise CheckpointError(f"{source}: none of its layers is in {type(model).__name__}; it belongs to another model")
     for name, place in resolved.items():
-        dtype = matrix_like(model.get_submodule(place)).dtype
-        model.set_submodule(place, layers[name].build(dtype))
+        old = model.get_submodule(place)
+        trained = any(value.requires_grad for value in old.parameters(recurse=False))
+        model.set_submodule(place, layers[name].build(matrix_like(old).dtype).requires_grad_(trained))
     return resolved
 
 

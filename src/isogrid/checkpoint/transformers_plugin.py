@@ -146,7 +146,8 @@ def _register() -> None:
             for name, module in model.named_modules():
                 if not isinstance(module, StructuredLinear):
                     continue
-                for key, value in module.named_parameters():
+                # Buffers too: a lost permutation or code would be whatever lay in memory.
+                for key, value in (*module.named_parameters(), *module.named_buffers()):
                     if not value.is_meta and not getattr(value, "_is_hf_initialized", False):
                         raise CheckpointError(f"layer {name!r}: factor {key!r} was not in the checkpoint")
             # From here on it is an ordinary model: .float(), Trainer and save_pretrained(state_dict=…) work.

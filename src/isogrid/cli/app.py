@@ -40,6 +40,9 @@ def main() -> None:
     except IsogridError as error:
         notes.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
         sys.exit(2)
+    except KeyboardInterrupt:
+        notes.print("interrupted; nothing was written")
+        sys.exit(130)
 
 
 def _plain(value: object) -> str:
@@ -53,10 +56,27 @@ def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> 
         notes.print(f"[bold yellow]warning:[/] {_plain(message)}", soft_wrap=True, highlight=False)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from isogrid import __version__
+
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Structured matrices for efficient deep learning: compress, evaluate and inspect models."""
+
+
 @app.command()
 def compress(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder the compressed model is written to.")],
+    out: Annotated[Path, typer.Option(help="Folder for the compressed model; an earlier one there is replaced.")],
     format: Annotated[str, typer.Option(help="A format: low_rank_light, monarch, 'monarch(blocks=8)', …")] = (
         "low_rank_light"
     ),
@@ -64,9 +84,11 @@ def compress(
     calibrate: Annotated[
         str | None, typer.Option(help="Calibration: wikitext2:calibration, pydoc, sts:train, photographs, a text file.")
     ] = None,
-    windows: Annotated[int, typer.Option(help="Calibration windows of --length tokens.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    select: Annotated[list[str] | None, typer.Option(help="Patterns of layers to rewrite.")] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Calibration windows of --length tokens; an encoder takes 8 paragraphs for each.")
+    ] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 512,
+    select: Annotated[list[str] | None, typer.Option(help="Layers to rewrite: q_proj, '*.mlp.*'; repeatable.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Patterns of layers to leave dense.")] = None,
     export: Annotated[str, typer.Option(help="structured, or dense: multiply the factors out again.")] = "structured",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
@@ -77,7 +99,7 @@ def compress(
 ) -> None:
     """Rewrite a model's matrices in a format and save it in Hugging Face form."""
     from isogrid import compress as compress_model
-    from isogrid.checkpoint import save
+    from isogrid.checkpoint import check_place, save
     from isogrid.cli.source import calibration_data, open_model
     from isogrid.compress import allocate_uniform, as_batches, estimate_seconds, select_layers
     from isogrid.evaluation import peak_memory_bytes
@@ -87,6 +109,9 @@ def compress(
     if export not in ("structured", "dense"):
         raise IsogridError(f"--export is structured or dense, got {export!r}")
     fmt = as_format(format)
+    check_place(out)  # before the work, not after it
+    if Path(model).is_dir() and out.resolve() == Path(model).resolve():
+        raise IsogridError(f"--out {out} is the model itself; give another folder")
     loaded, tokenizer = open_model(model, dtype=dtype)
     layers = select_layers(loaded, select, skip or ())
     sized = allocate_uniform(layers, fmt, keep)
@@ -115,6 +140,8 @@ def compress(
     if calibrate is not None:
         report.calibration = f"{calibrate}, {report.calibration}"
     save(loaded, out, tokenizer=tokenizer, dense=export == "dense")
+    if export == "dense":  # the factors are multiplied out again: the file is as large as the dense model's
+        report.model_bytes, report.model_parameters = report.dense_model_bytes, report.dense_model_parameters
     seconds, peak = time.perf_counter() - begun, peak_memory_bytes()
     described = report.to_dict() | {"model": model, "command": _command(), "peak_memory": peak, "estimate": estimate}
     write_json(described, out / "compression.json")
@@ -129,6 +156,8 @@ def compress(
         highlight=False,
         soft_wrap=True,
     )
+    if calibrate is None:
+        console.print("plain fits; --calibrate pydoc usually gives a much better model", soft_wrap=True)
     console.print(f"written to {out}; next: isogrid evaluate {out}", highlight=False, soft_wrap=True)
 
 
@@ -137,21 +166,27 @@ def evaluate(
     model: Model,
     metric: Annotated[str, typer.Option(help="auto, perplexity, sts or heatmap.")] = "auto",
     text: Annotated[str, typer.Option(help="Text for the perplexity.")] = "wikitext2:evaluation",
-    windows: Annotated[int, typer.Option(help="Windows of --length tokens; 0: all.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    windows: Annotated[int, typer.Option(min=0, help="Windows of --length tokens; 0: all.")] = 32,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     data: Data = None,
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model: perplexity, Spearman correlation on STS-B dev, or fidelity of heat maps to the dense model's."""
     from isogrid.cli.source import is_language_model, is_saliency_model, open_model
-    from isogrid.data import load_photographs, load_pretrained, load_sts, load_text, token_windows
+    from isogrid.data import DatasetNotFoundError, load_photographs, load_pretrained, load_sts, load_text, token_windows
     from isogrid.evaluation import heatmap_fidelity, perplexity, sts_spearman
     from isogrid.report import progress
 
     loaded, tokenizer = open_model(model)
     if metric == "auto":
         metric = "heatmap" if is_saliency_model(loaded) else "perplexity" if is_language_model(loaded) else "sts"
+    if metric in ("perplexity", "sts") and tokenizer is None:
+        raise IsogridError(f"{model} has no tokenizer beside it, which {metric} needs; save one there")
+    if metric == "perplexity" and not is_language_model(loaded):
+        raise IsogridError(f"{type(loaded).__name__} predicts no tokens; --metric perplexity takes a language model")
+    if metric == "heatmap" and not is_saliency_model(loaded):
+        raise IsogridError(f"{type(loaded).__name__} draws no heat maps; --metric heatmap takes vit-s-saliency")
     begun = time.perf_counter()
     result: dict[str, Any]
     if metric == "perplexity":
@@ -165,7 +200,12 @@ def evaluate(
         result = {"spearman": sts_spearman(loaded, tokenizer, pairs), "pairs": len(pairs.scores)}
     elif metric == "heatmap":
         reference, _ = load_pretrained("vit-s-saliency")
-        result = {"heatmap_fidelity": heatmap_fidelity(loaded, reference, load_photographs())}
+        try:  # other pictures than `--calibrate photographs` takes
+            name, images = "Kodak", load_photographs("kodak", data_dir=data)
+        except DatasetNotFoundError:
+            name, images = "scikit-image, the calibration photographs", load_photographs()
+        fidelity = heatmap_fidelity(loaded, reference, images)
+        result = {"heatmap_fidelity": fidelity, "images": f"{len(images)} {name}"}
     else:
         raise IsogridError(f"metric {metric!r} is not one of auto, perplexity, sts, heatmap")
     result = {"model": model, "metric": metric, **result, "seconds": time.perf_counter() - begun}
@@ -215,7 +255,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
         return
     table = Table(title=f"{type(loaded).__name__}: {model}", title_justify="left")
     for heading in ("layer", "out", "in", "format"):
-        table.add_column(heading, justify="right" if heading in ("out", "in") else "left")
+        table.add_column(heading, justify="right" if heading in ("out", "in") else "left", overflow="fold")
     table.add_column("parameters", justify="right")
     table.add_column("kept", justify="right")
     for name, out_features, in_features, label, parameters, dense in rows:
@@ -270,8 +310,8 @@ def formats(
         console.print_json(json.dumps(listed))
         return
     table = Table(title=f"Formats; members within {keep:g} of {out_features} x {in_features}", title_justify="left")
-    for heading in ("format", "what it is", "member", "kept", "its fit is"):
-        table.add_column(heading, no_wrap=heading in ("format", "kept"))
+    for heading in ("format", "what it is", "member", "kept"):
+        table.add_column(heading, no_wrap=heading in ("format", "kept"), overflow="fold")
     for entry in listed:
         share = "-" if entry["kept"] is None else f"{entry['kept']:.3f}"
         table.add_row(
@@ -279,7 +319,6 @@ def formats(
             str(entry["summary"]).replace("``", ""),
             _plain(entry["member"]),
             share,
-            ", ".join(entry["traits"]).replace("_", " "),
         )
     console.print(table)
 
@@ -287,7 +326,9 @@ def formats(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("demo"),
-    windows: Annotated[int, typer.Option(help="Calibration windows, and evaluation windows, of 512 tokens.")] = 16,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Calibration windows, and evaluation windows, of 512 tokens.")
+    ] = 16,
     data: Data = None,
     seed: Seed = 0,
     quick: Quick = False,
@@ -327,8 +368,7 @@ def report(
         written = write_report(page_of_compression(read_json(folder / "compression.json")), page)
     else:
         raise IsogridError(f"{folder} has neither data.json nor compression.json; give a folder that a command wrote")
-    for path in written:
-        console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(f"report: {written['report.html']}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -44,7 +44,7 @@ def _from_hub(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from isogrid.data import PRETRAINED
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise IsogridError(
             f"model {name!r} is no folder, none of the embedded models ({', '.join(PRETRAINED)}), and the hub did not "
@@ -70,7 +70,13 @@ def _tokenizer(name: str) -> Any:
 def _dtype(name: str) -> Any:
     import torch
 
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+    }
     if name not in known:
         raise IsogridError(f"dtype {name!r} is not one of {', '.join(known)}")
     return known[name]
@@ -97,6 +103,10 @@ def calibration_data(
     from isogrid.data import load_photographs, load_sts, load_text, token_windows
 
     if source == "photographs":
+        if getattr(model, "main_input_name", "") != "pixel_values" and not is_saliency_model(model):
+            raise IsogridError(
+                f"calibration 'photographs' is images, {type(model).__name__} takes text; try --calibrate pydoc"
+            )
         return load_photographs()
     if is_saliency_model(model):
         raise IsogridError(f"calibration {source!r} is text, the model takes images; use --calibrate photographs")

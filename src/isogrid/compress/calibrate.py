@@ -11,19 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.data import TEXTS
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric
+from isogrid.fitting import Metric, widened
 
+# What models raise on input they can't take; errors of other classes are the model's own and pass through.
+BAD_INPUT = (TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError)
 # Rows of one batch of token windows: enough to keep the products busy, few enough for the activations.
 ROWS_PER_BATCH = 2048
 
 
 @dataclass
 class MomentSum:
-    """Running sums of one input: float32 products, float64 sums."""
+    """Running sums of one input about a fixed point: float32 products, float64 sums.
 
-    product: Tensor | None = None
-    total: Tensor | None = None
+    The point is the mean of the first rows. Products of the inputs themselves would bury the variance of an input
+    whose mean is large (the massive activations of language models) under the rounding of its square.
+    """
+
+    product: Tensor | None = None  # Σ (x - point)(x - point)ᵀ
+    total: Tensor | None = None  # Σ (x - point)
+    point: Tensor | None = None
     rows: int = 0
 
     def add(self, rows: Tensor) -> None:
@@ -31,9 +39,12 @@ class MomentSum:
         if rows.shape[0] == 0:
             return
         rows = rows.detach().to(torch.float32)
-        product, total = rows.mT @ rows, rows.sum(0)
+        if self.point is None:
+            self.point = rows.mean(0)
+        rows = rows - self.point
+        product, total = widened(rows.mT @ rows), widened(rows.sum(0))
         if self.product is None or self.total is None:
-            self.product, self.total = product.to(torch.float64), total.to(torch.float64)
+            self.product, self.total = product, total
         else:
             self.product += product
             self.total += total
@@ -41,13 +52,14 @@ class MomentSum:
 
     def merge(self, other: MomentSum) -> None:
         """Add another sum."""
-        if other.product is None or other.total is None:
+        if other.product is None or other.total is None or other.point is None:
             return
-        if self.product is None or self.total is None:
-            self.product, self.total = other.product.clone(), other.total.clone()
+        if self.product is None or self.total is None or self.point is None:
+            self.product, self.total, self.point = other.product.clone(), other.total.clone(), other.point
         else:
-            self.product += other.product
-            self.total += other.total
+            step = widened(other.point) - widened(self.point)
+            self.product += _moved(other.product, other.total, step, other.rows)
+            self.total += other.total + other.rows * step
         self.rows += other.rows
 
     def metric(self, layer: str) -> Metric:
@@ -56,14 +68,22 @@ class MomentSum:
         Raises:
             IsogridError: no rows, or NaN or infinite inputs; names the layer.
         """
-        if self.product is None or self.total is None:
+        if self.product is None or self.total is None or self.point is None:
             raise IsogridError(f"layer {layer!r}: calibration has no rows for it; give text that reaches it or skip it")
         if not (torch.isfinite(self.product).all() and torch.isfinite(self.total).all()):
             raise IsogridError(
                 f"layer {layer!r}: its calibration inputs are NaN, infinite or overflow float32 when squared; "
                 "run the model in float32 or bfloat16 and check the calibration data"
             )
-        return Metric(self.product / self.rows, mean=self.total / self.rows, rows=self.rows)
+        point = widened(self.point)
+        product = _moved(self.product, self.total, point, self.rows)
+        return Metric(product / self.rows, mean=point + self.total / self.rows, rows=self.rows)
+
+
+def _moved(product: Tensor, total: Tensor, step: Tensor, rows: int) -> Tensor:
+    """``Σ (d + step)(d + step)ᵀ`` from ``Σ d dᵀ`` and ``Σ d``."""
+    cross = torch.outer(total, step)
+    return product + cross + cross.mT + rows * torch.outer(step, step)
 
 
 @dataclass
@@ -97,7 +117,7 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
     if length < 1:
         raise IsogridError(f"a window has at least one token, got length {length}")
     if isinstance(calibration, str):
-        if len(calibration) < 60 and " " not in calibration:
+        if calibration in TEXTS:
             raise IsogridError(f"calibration {calibration!r} is a name, not a text; pass load_text({calibration!r})")
         calibration = _windows(calibration, _required(tokenizer), length)
     if hasattr(calibration, "__array__") and not isinstance(calibration, Tensor):
@@ -105,7 +125,9 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
     batches: list[Any]
     if isinstance(calibration, Tensor):
         rows = calibration.shape[0]
-        per_row = calibration.shape[1] if calibration.ndim == 2 and not calibration.is_floating_point() else 1
+        # Token windows count their tokens; images and sequences of features their rows, (…, width) each.
+        inner = calibration.shape[1:-1] if calibration.is_floating_point() else calibration.shape[1:]
+        per_row = inner.numel()
         step = max(1, ROWS_PER_BATCH // max(per_row, 1))
         batches = [calibration[i : i + step] for i in range(0, rows, step)]
     elif isinstance(calibration, Mapping):
@@ -169,8 +191,8 @@ def forward_calls(model: nn.Module, batches: Sequence[Any]) -> list[Callable[[],
         def run() -> Any:
             try:
                 return forward()
-            except (TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError) as error:
-                if isinstance(error, IsogridError | torch.OutOfMemoryError):
+            except Exception as error:
+                if type(error) not in BAD_INPUT:
                     raise
                 raise IsogridError(
                     f"calibration batch {index} ({_form(batch)}) does not go through {type(model).__name__}: {error}; "
@@ -241,9 +263,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """
     modes = {name: (module, module.training) for name, module in model.named_modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -37,7 +37,7 @@ class _Runner:
         self._go = threading.Semaphore(0)
         self._halted = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, daemon=True, name=f"isogrid-calibration-{index}")
-        self._started = False
+        self._stopping = False
         self._threads = torch.get_num_threads()
 
     def _run(self) -> None:
@@ -58,8 +58,7 @@ class _Runner:
     def resume(self, answer: nn.Module | None = None) -> None:
         """Run until the next halt or the end."""
         self.answer, self.waiting = answer, None
-        if not self._started:
-            self._started = True
+        if self._thread.ident is None:
             self._thread.start()
         self._go.release()
         self._halted.acquire()
@@ -68,12 +67,21 @@ class _Runner:
 
     def halt(self, name: str, x: Tensor) -> nn.Module:
         """Called inside the forward pass: wait at a layer; returns the module that takes its place."""
-        self.waiting = (name, x)
-        self._halted.release()
-        self._go.acquire()
-        if self.answer is None:
+        if not self._stopping:
+            self.waiting = (name, x)
+            self._halted.release()
+            self._go.acquire()
+        if self._stopping or self.answer is None:
             raise _Stop
         return self.answer
+
+    def stop(self) -> None:
+        """End the forward pass at its next layer, wherever it is now, and wait for that."""
+        self._stopping = True
+        self.waiting = None
+        if self._thread.ident is not None:
+            self._go.release()
+            self._thread.join()
 
 
 class _Current(threading.local):
@@ -121,8 +129,8 @@ def lockstep(
 
         return forward
 
-    for name, layer in layers.items():
-        layer.forward = gate(name, layer)
+    # Others (accelerate's hooks) have put a forward of their own there: theirs comes back.
+    own = {name: layer.__dict__["forward"] for name, layer in layers.items() if "forward" in layer.__dict__}
     runners = [_Runner(index, forward, current) for index, forward in enumerate(forwards)]
 
     def check(runner: _Runner) -> None:
@@ -130,6 +138,8 @@ def lockstep(
             raise runner.error
 
     try:
+        for name, layer in layers.items():
+            layer.forward = gate(name, layer)
         for runner in runners:
             runner.resume()
             check(runner)
@@ -153,9 +163,12 @@ def lockstep(
                 runner.resume(new)
                 check(runner)
     finally:
-        for runner in runners:
-            if runner.waiting is not None:
-                runner.resume(None)
-        for layer in layers.values():
-            layer.__dict__.pop("forward", None)
+        try:
+            for runner in runners:
+                runner.stop()
+        finally:
+            for name, layer in layers.items():
+                layer.__dict__.pop("forward", None)
+                if name in own:
+                    layer.__dict__["forward"] = own[name]
     return set(replaced)

@@ -26,7 +26,8 @@ def select_layers(
             what the field's ratios count; in a model without blocks all linear layers. ``"*"`` takes every layer.
         skip: patterns of layers to leave alone.
 
-    Layers whose weight is shared with another module (tied heads) and output heads are never taken by default.
+    Layers whose weight is shared with another module (tied heads) and output heads are never taken by default. A head
+    is what ``get_output_embeddings`` names: where a model has neither that nor blocks, skip its last layer by name.
 
     Raises:
         IsogridError: a pattern matches no layer (near names are suggested), a selected layer is tied, or nothing is

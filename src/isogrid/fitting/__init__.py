@@ -2,7 +2,7 @@
 
 from isogrid.fitting.descent import descend
 from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank
-from isogrid.fitting.metric import Metric, cholesky, squared_norm
+from isogrid.fitting.metric import Metric, cholesky, squared_norm, widened
 from isogrid.fitting.slices import fit_slices, project_slices
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "low_rank",
     "project_slices",
     "squared_norm",
+    "widened",
 ]

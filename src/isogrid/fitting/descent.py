@@ -16,6 +16,7 @@ from isogrid.fitting.metric import Metric
 OnStep = Callable[[int, float], None]
 
 
+@torch.inference_mode(False)  # a caller's inference mode would record no gradients
 def descend(
     multiply: Callable[[dict[str, Tensor], Tensor], Tensor],
     start: dict[str, Tensor],
@@ -44,7 +45,7 @@ def descend(
     """
     samples = torch.eye(target.shape[1], dtype=target.dtype, device=target.device)
     if metric is not None:
-        samples = metric.root.mT
+        samples = metric.root.mT.clone()
     wish = samples @ target.mT
     # A target of zero has no size of its own: its error counts as it is.
     size = wish.square().sum()

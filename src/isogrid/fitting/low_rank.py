@@ -37,7 +37,8 @@ def leading_left(
     m, n = a.shape[-2:]
     if solver == "randomized":
         size = min(rank + 10, m, n)
-        sketch = torch.randn(*a.shape[:-2], n, size, dtype=a.dtype, generator=generator).to(a.device)
+        drawn_on = generator.device if generator is not None else "cpu"
+        sketch = torch.randn(*a.shape[:-2], n, size, dtype=a.dtype, generator=generator, device=drawn_on).to(a.device)
         q = torch.linalg.qr(a @ sketch).Q
         for _ in range(2):
             q = torch.linalg.qr(a @ torch.linalg.qr(a.mT @ q).Q).Q

@@ -16,6 +16,14 @@ from isogrid.errors import IsogridError
 
 # Floor for inputs that never fire, relative to the mean diagonal: keeps roots invertible, costs nothing in J.
 DEAD_INPUT_FLOOR = 1e-8
+WITHOUT_FLOAT64 = frozenset({"mps"})
+
+
+def widened(value: Tensor) -> Tensor:
+    """The tensor in float64, which fits are solved in; on the CPU where its own device has no float64 (Apple's mps)."""
+    if value.device.type in WITHOUT_FLOAT64:
+        value = value.cpu()
+    return value.to(torch.float64)
 
 
 class Metric:
@@ -44,7 +52,7 @@ class Metric:
     ) -> None:
         if moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
             raise IsogridError(f"a metric is a square matrix (in, in), got shape {tuple(moment.shape)}")
-        moment = moment.detach().to(torch.float64)
+        moment = widened(moment.detach())
         if not torch.isfinite(moment).all():
             raise IsogridError("the metric has NaN or infinite entries; check the calibration inputs")
         scale = moment.abs().max()
@@ -53,7 +61,7 @@ class Metric:
         if (moment.diagonal() < 0).any():
             raise IsogridError("a metric has no negative diagonal entries; this is no second moment")
         self.moment = (moment + moment.mT) / 2
-        self.mean = None if mean is None else mean.detach().to(torch.float64)
+        self.mean = None if mean is None else widened(mean.detach())
         self.rows = rows
         if damping is None:
             damping = 0.0 if rows is None else min(0.1, 4.0 * (self.in_features / max(rows, 1)) ** 2)
@@ -62,7 +70,7 @@ class Metric:
     @classmethod
     def from_rows(cls, rows: Tensor, *, damping: float | None = None) -> Metric:
         """The metric of samples ``(..., n)``, each row weighted equally."""
-        flat = rows.detach().reshape(-1, rows.shape[-1]).to(torch.float64)
+        flat = widened(rows.detach().reshape(-1, rows.shape[-1]))
         if flat.shape[0] == 0:
             raise IsogridError("no rows to take a second moment of; give at least one calibration row")
         return cls(flat.mT @ flat / flat.shape[0], mean=flat.mean(0), rows=flat.shape[0], damping=damping)
@@ -112,8 +120,8 @@ class Metric:
         return Metric(self.matrix[order][:, order], damping=0.0)
 
     def squared_norm(self, error: Tensor) -> float:
-        """``tr(E M Eᵀ)`` of an error matrix ``E`` (out, n), M damped."""
-        error = error.to(torch.float64)
+        """``tr(E M Eᵀ)`` of an error matrix ``E`` (out, n) on any device, M damped."""
+        error = error.to(self.matrix)  # its dtype and device
         return max(float(((error @ self.matrix) * error).sum()), 0.0)
 
     def fresh(self) -> Metric:
@@ -131,7 +139,7 @@ class Metric:
 def squared_norm(error: Tensor, metric: Metric | None) -> float:
     """``||E M^½||_F²``; ``metric=None`` is the identity."""
     if metric is None:
-        return float(error.to(torch.float64).square().sum())
+        return float(widened(error).square().sum())
     return metric.squared_norm(error)
 
 

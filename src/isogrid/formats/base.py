@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import Metric, descend, squared_norm
+from isogrid.fitting import Metric, descend, squared_norm, widened
 
 Role = Literal["weight", "gain", "structure", "index", "code"]
 TRAINABLE: frozenset[str] = frozenset({"weight", "gain", "structure"})
@@ -144,45 +144,23 @@ class Budget:
 
     def allows(self, cost: Cost) -> bool:
         """Whether a cost stays within the budget."""
-        if self.parameters is not None:
-            return cost.parameters <= self.parameters
-        assert self.bytes is not None
-        return cost.bytes <= self.bytes
+        return self.amount(cost) <= self.limit
 
     def amount(self, cost: Cost) -> int:
         """The part of a cost that this budget counts."""
         return cost.parameters if self.parameters is not None else cost.bytes
 
-    def split(self, shares: int) -> list[Budget]:
-        """Equal parts of the budget."""
+    @property
+    def limit(self) -> int:
+        """Most parameters or bytes, whichever the budget is in."""
         limit = self.parameters if self.parameters is not None else self.bytes
         assert limit is not None
-        return [self._with(limit // shares)] * shares
+        return limit
 
-    def minus(self, cost: Cost) -> Budget:
-        """What is left after a cost, never below zero."""
-        limit = self.parameters if self.parameters is not None else self.bytes
-        assert limit is not None
-        return self._with(max(limit - self.amount(cost), 0))
-
-    def plus(self, cost: Cost) -> Budget:
-        """The budget and a cost's amount beside it."""
-        limit = self.parameters if self.parameters is not None else self.bytes
-        assert limit is not None
-        return self._with(limit + self.amount(cost))
-
-    def minus_budget(self, other: Budget) -> Budget:
-        """What is left after another budget of the same unit is set aside, never below zero."""
-        mine = self.parameters if self.parameters is not None else self.bytes
-        theirs = other.parameters if self.parameters is not None else other.bytes
-        assert mine is not None
-        assert theirs is not None
-        return self._with(max(mine - theirs, 0))
-
-    def _with(self, limit: int) -> Budget:
-        if self.parameters is not None:
-            return Budget(parameters=limit)
-        return Budget(bytes=limit, dtype=self.dtype)
+    def with_limit(self, limit: int) -> Budget:
+        """A budget in the same unit and dtype; a limit below zero counts as zero."""
+        unit = "parameters" if self.parameters is not None else "bytes"
+        return Budget(**{unit: max(limit, 0)}, dtype=self.dtype)
 
     def __str__(self) -> str:
         return f"{self.parameters} parameters" if self.parameters is not None else f"{self.bytes} bytes"
@@ -308,19 +286,21 @@ class Format(ABC):
             raise IsogridError(f"{self.name}: its fit has no option {unknown[0]!r}; options: {has}")
         specs = self.factors(*target.shape)
         with torch.no_grad():
-            wide = target.detach().to(torch.float64)
-            on_device = None if metric is None else metric.to(target.device)
+            wide = widened(target.detach())
+            on_device = None if metric is None else metric.to(wide.device)
             begin = None
             if start is not None:
                 check_factors(self, start, *target.shape)
                 begin = {
-                    name: value.detach().to(torch.float64) if specs[name].dtype is None else value.detach()
+                    name: value.detach().to(wide if specs[name].dtype is None else wide.device)
                     for name, value in start.items()
                 }
             found = self.solve(
                 wide, on_device, solver=solver, start=begin, generator=generator, on_step=on_step, **options
             )
-        out = {name: found[name].to(spec.dtype or target.dtype).contiguous() for name, spec in specs.items()}
+        out = {
+            name: found[name].to(target.device, spec.dtype or target.dtype).contiguous() for name, spec in specs.items()
+        }
         check_factors(self, out, *target.shape)
         return out
 
@@ -447,7 +427,7 @@ class Format(ABC):
         if share >= 1:
             return (
                 f"{self.label()}: its smallest {out_features} x {in_features} member takes {budget.amount(cost)}, the "
-                f"budget is {budget}; it is no smaller than dense here, so choose other hyper-parameters or another format"
+                f"budget is {budget}; it is no smaller than dense here, choose other hyper-parameters or another format"
             )
         return (
             f"{self.label()}: the smallest {out_features} x {in_features} member takes {budget.amount(cost)}, "
@@ -492,7 +472,10 @@ def format_from_dict(description: Mapping[str, Any]) -> Format:
         raise IsogridError(
             f"format {cls.name!r} has no {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'nothing'}"
         )
-    return cls(**given)
+    try:
+        return cls(**given)
+    except TypeError as error:
+        raise IsogridError(f"format {cls.name!r}: a hyper-parameter has a value of the wrong kind ({error})") from None
 
 
 def as_format(value: Format | str | Mapping[str, Any]) -> Format:
@@ -577,7 +560,7 @@ def require_rank(fmt: Format, rank: int | None, limit: int | None = None) -> int
     """A given rank; raises IsogridError when it is missing, below 1 or above the limit."""
     if rank is None:
         raise IsogridError(f"{fmt.name} has no rank yet: give rank=… or call .sized(out, in, budget)")
-    if not isinstance(rank, int) or rank < 1 or (limit is not None and rank > limit):
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or (limit is not None and rank > limit):
         raise IsogridError(f"{fmt.name}: rank {rank} is not in 1 … {limit if limit is not None else '∞'}")
     return rank
 

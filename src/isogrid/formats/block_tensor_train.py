@@ -102,8 +102,13 @@ class BlockTensorTrain(Format):
         """Blocked product, stride permutation, blocked product."""
         right, left = factors["right"], factors["left"]
         m1, m0, _ = right.shape
-        n0 = left.shape[0]
+        n0, _, n1 = left.shape
         x = pad_features(x, m1 * m0)
+        if x.shape[:-1].numel() < m0:  # fewer hidden numbers than weights: those are moved
+            hidden = torch.bmm(right.mT, x.reshape(-1, m1, m0).permute(1, 2, 0))  # (m1, n0 · rank, rows)
+            regrouped = hidden.view(m1, n0, self.rank, -1).transpose(0, 1).reshape(n0, m1 * self.rank, -1)
+            out = torch.bmm(regrouped.mT, left).transpose(0, 1)  # (rows, n0, n1)
+            return out.reshape(*x.shape[:-1], n0 * n1)[..., :out_features]
         # (i0, s) -> (s, i0): then the hidden units are dealt out with stride n0 and no intermediate is copied.
         first = right.view(m1, m0, n0, self.rank).permute(0, 3, 2, 1).reshape(m1, self.rank * n0, m0)
         return two_stage(x, first, left.mT, interleave=False)[..., :out_features]

@@ -9,11 +9,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from isogrid.errors import BudgetError, IsogridError
+from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, squared_norm
 from isogrid.formats.base import (
     Budget,
     Component,
+    Cost,
     Factor,
     Factors,
     Format,
@@ -66,6 +67,19 @@ class Permuted(Format):
             for part in self.inner.components(out_features, in_features)
         ]
 
+    def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
+        """The inner format's, and the bits of the two orders."""
+        orders = Cost(0, 0, 8 * self.cost_of_order(out_features, in_features))
+        return self.inner.cost(out_features, in_features, dtype) + orders
+
+    def deploy(
+        self, factors: Mapping[str, Tensor], out_features: int, in_features: int
+    ) -> tuple[Format, dict[str, Tensor]]:
+        """The inner format's inference form in the same orders."""
+        inner, own = self.inner.deploy(unprefixed("inner_", factors), out_features, in_features)
+        orders = {name: factors[name] for name in ("input_order", "output_order")}
+        return type(self)(inner), {**orders, **prefixed("inner_", own)}
+
     @torch.no_grad()
     def initialize(
         self,
@@ -81,10 +95,13 @@ class Permuted(Format):
 
     def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
         """The inner format, sized to the budget less the indices."""
-        probe = self.cost_of_order(out_features, in_features)
-        if budget.bytes is not None:
-            budget = Budget(bytes=max(budget.bytes - probe, 0), dtype=budget.dtype)
-        return type(self)(self.inner.sized(out_features, in_features, budget))
+        return type(self)(
+            self.inner.sized(out_features, in_features, self._inner_budget(out_features, in_features, budget))
+        )
+
+    def _inner_budget(self, out_features: int, in_features: int, budget: Budget) -> Budget:
+        orders = 0 if budget.bytes is None else self.cost_of_order(out_features, in_features)
+        return budget.with_limit(budget.limit - orders)
 
     @staticmethod
     def cost_of_order(out_features: int, in_features: int) -> int:
@@ -93,16 +110,9 @@ class Permuted(Format):
 
     def candidates(self, out_features: int, in_features: int, budget: Budget) -> Iterable[Self]:
         """One for each candidate of the inner format."""
-        if budget.bytes is not None:
-            left = budget.bytes - self.cost_of_order(out_features, in_features)
-            if left <= 0:
-                return
-            budget = Budget(bytes=left, dtype=budget.dtype)
-        try:
-            for inner in self.inner.candidates(out_features, in_features, budget):
-                yield type(self)(inner)
-        except BudgetError:
-            return
+        left = self._inner_budget(out_features, in_features, budget)
+        for inner in self.inner.candidates(out_features, in_features, left):
+            yield type(self)(inner)
 
     def solve(
         self,
@@ -116,7 +126,7 @@ class Permuted(Format):
         trials: int = 0,
         **options: Any,
     ) -> Factors:
-        """The inner fit in the start's order, or in the natural order and ``trials`` random ones, the best kept."""
+        """The inner fit from the start in its order; or in the natural order and ``trials`` random ones: the best."""
         require_solver(self, solver, ("default",))
         out_features, in_features = target.shape
         natural = (torch.arange(out_features), torch.arange(in_features))
@@ -125,11 +135,12 @@ class Permuted(Format):
         else:
             orders = [natural] + [
                 (
-                    torch.randperm(out_features, generator=generator),
-                    torch.randperm(in_features, generator=generator),
+                    torch.randperm(out_features, generator=generator, device=generator.device),
+                    torch.randperm(in_features, generator=generator, device=generator.device),
                 )
                 for _ in range(trials)
             ]
+        begin = None if start is None else unprefixed("inner_", start)
         best: Factors = {}
         best_error = float("inf")
         for trial, (rows, columns) in enumerate(orders):
@@ -137,11 +148,11 @@ class Permuted(Format):
             # target = inner[rows][:, argsort(columns)]  <=>  inner = target[argsort(rows)][:, columns]
             wish = target[rows.argsort()][:, columns]
             inner_metric = None if metric is None else metric.permuted(columns)
-            inner = self.inner.fit(wish, inner_metric, generator=generator, **options)
+            inner = self.inner.fit(wish, inner_metric, start=begin, generator=generator, **options)
             error = squared_norm(wish - self.inner.dense(inner, out_features, in_features), inner_metric)
             if on_step is not None:
                 on_step(trial, error)
-            if error < best_error:
+            if error < best_error or not best:
                 best_error = error
                 best = {"input_order": columns, "output_order": rows, **prefixed("inner_", inner)}
         return best

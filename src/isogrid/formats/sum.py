@@ -14,6 +14,7 @@ from isogrid.fitting import Metric, squared_norm
 from isogrid.formats.base import (
     Budget,
     Component,
+    Cost,
     Factor,
     Factors,
     Format,
@@ -55,7 +56,7 @@ class Sum(Format):
         products = [
             term.multiply(unprefixed(f"term{i}_", factors), x, out_features) for i, term in enumerate(self.terms)
         ]
-        return torch.stack(products).sum(0) if len(products) > 2 else sum(products[1:], products[0])
+        return sum(products[1:], products[0])
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """The terms' matrices, added."""
@@ -71,6 +72,23 @@ class Sum(Format):
             for i, term in enumerate(self.terms)
             for part in term.components(out_features, in_features)
         ]
+
+    def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
+        """The terms' costs, added: a term may count its multiply-adds in its own way."""
+        costs = [term.cost(out_features, in_features, dtype) for term in self.terms]
+        return sum(costs[1:], costs[0])
+
+    def deploy(
+        self, factors: Mapping[str, Tensor], out_features: int, in_features: int
+    ) -> tuple[Format, dict[str, Tensor]]:
+        """The sum of the terms' inference forms."""
+        terms: list[Format] = []
+        out: Factors = {}
+        for i, term in enumerate(self.terms):
+            form, own = term.deploy(unprefixed(f"term{i}_", factors), out_features, in_features)
+            terms.append(form)
+            out |= prefixed(f"term{i}_", own)
+        return type(self)(tuple(terms)), out
 
     @torch.no_grad()
     def initialize(
@@ -90,23 +108,21 @@ class Sum(Format):
 
     def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
         """Equal shares; what a term leaves is added to the share of the next, and a last pass spends the rest."""
-        shares = budget.split(len(self.terms))
+
+        def amount(term: Format) -> int:
+            return budget.amount(term.cost(out_features, in_features, budget.dtype))
+
+        share = budget.limit // len(self.terms)
         terms: list[Format] = []
-        left = budget
-        for i, term in enumerate(self.terms):
-            # Everything not reserved for the terms still to come.
-            reserved = shares[0].split(1)[0]
-            available = left
-            for _ in range(len(self.terms) - 1 - i):
-                available = available.minus_budget(reserved)
-            sized = term.sized(out_features, in_features, available)
-            left = left.minus(sized.cost(out_features, in_features, budget.dtype))
-            terms.append(sized)
+        left = budget.limit
+        for to_come, term in zip(reversed(range(len(self.terms))), self.terms, strict=True):
+            terms.append(term.sized(out_features, in_features, budget.with_limit(left - to_come * share)))
+            left -= amount(terms[-1])
         # What the last term leaves goes round once more: each term may have its own cost and all that is left.
         for i, term in enumerate(terms):
-            available = left.plus(term.cost(out_features, in_features, budget.dtype))
-            terms[i] = term.sized(out_features, in_features, available)
-            left = available.minus(terms[i].cost(out_features, in_features, budget.dtype))
+            available = left + amount(term)
+            terms[i] = term.sized(out_features, in_features, budget.with_limit(available))
+            left = available - amount(terms[i])
         return type(self)(tuple(terms))
 
     def solve(
@@ -124,9 +140,11 @@ class Sum(Format):
     ) -> Factors:
         """Each term in turn is fitted to what the others leave; a step that does not lower the error is not taken.
 
-        Options: ``rounds`` (10), ``tolerance`` (1e-3, relative decrease of a round at which to stop).
+        Options: ``rounds`` (10, at least 1), ``tolerance`` (1e-3, relative decrease of a round at which to stop).
         """
         require_solver(self, solver, ("default",))
+        if rounds < 1:
+            raise IsogridError(f"sum: its fit takes at least 1 round, got rounds={rounds}")
         shape = target.shape
         parts: list[Factors] = []
         if start is not None:

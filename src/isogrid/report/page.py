@@ -25,6 +25,7 @@ from isogrid.report.tables import (
     format_keep,
     format_percent,
     format_quality,
+    has_quality,
     layer_columns,
     layer_totals,
     lower_is_better,
@@ -62,11 +63,14 @@ def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
     """
     folder = Path(folder)
     table = markdown_page(data)
-    return {
+    written = {
         "data.json": write_json(data, folder / "data.json"),
         "table.md": replace_file(folder / "table.md", table.encode()),
         "command.txt": replace_file(folder / "command.txt", f"{data.get('command') or ''}\n".encode()),
-        "quality.png": save_figure(quality_against_size(data), folder / "quality.png"),
+    }
+    if has_quality(data):
+        written["quality.png"] = save_figure(quality_against_size(data), folder / "quality.png")
+    return written | {
         "errors.png": save_figure(error_per_layer(data), folder / "errors.png"),
         "report.html": write_page(data, folder / "report.html"),
     }
@@ -95,7 +99,7 @@ def write_page(data: Data, path: str | Path) -> Path:
         title=str(data.get("title") or "Compression"),
         facts=facts,
         summary=summary(data),
-        headline=_headline(data),
+        headline=_headline(data) if has_quality(data) else None,
         table=_table(all_rows(data), table_columns(data), [row for row in best.values() if row is not None]),
         legend=table_legend(data),
         errors=_error_pictures(data),
@@ -112,6 +116,9 @@ def write_page(data: Data, path: str | Path) -> Path:
 def summary(data: Data) -> str:
     """The best row at each requested keep, in one sentence with dense as its measure."""
     dense = all_rows(data)[0]
+    if not has_quality(data):
+        sizes = [f"{row['label']} kept {format_percent(row.get('achieved_keep'))}" for row in all_rows(data)[1:]]
+        return f"{'; '.join(sizes)} of the selected parameters. The model's quality was not measured."
     name, best = quality_name(data), best_rows(data)
     if not best:
         return f"The dense model's {name} is {format_quality(dense.get('quality'))}; no row asks for a smaller one."

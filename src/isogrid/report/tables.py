@@ -127,6 +127,11 @@ def all_rows(data: Data) -> list[Row]:
     return [{"label": "dense", "format": "dense", **data["dense"]}, *others]
 
 
+def has_quality(data: Data) -> bool:
+    """Whether any row's quality was measured."""
+    return any(row.get("quality") is not None for row in all_rows(data))
+
+
 def quality_name(data: Data) -> str:
     """What the quality is called: ``"perplexity"``."""
     return str((data.get("quality") or {}).get("name") or "quality")
@@ -225,14 +230,14 @@ def table_columns(data: Data) -> list[Column[Row]]:
         ("label", Column("Matrices", lambda row: str(row["label"]), "left")),
         ("" if spelled else "format", Column("Format", lambda row: str(row.get("format", ABSENT)), "left", wide=True)),
         ("calibrated", Column("Calibrated", calibrated, "left")),
+        (
+            "quality",
+            Column(f"{capitalized(quality_name(data))} {better}", lambda row: format_quality(row.get("quality"))),
+        ),
         ("requested_keep", Column("Keep asked", lambda row: format_keep(row.get("requested_keep")))),
         ("achieved_keep", Column("Keep achieved", achieved)),
         ("parameters", Column("Parameters", lambda row: format_count(row.get("parameters")), wide=True)),
         ("bytes", Column("Size", lambda row: format_bytes(row.get("bytes")))),
-        (
-            "label",
-            Column(f"{capitalized(quality_name(data))} {better}", lambda row: format_quality(row.get("quality"))),
-        ),
         ("gap", Column("Gap", lambda row: format_gap(row.get("gap")))),
         ("latency_ms", Column("Latency", lambda row: format_milliseconds(row.get("latency_ms")), wide=True)),
         ("latency_ratio", Column("Speed", lambda row: format_ratio(row.get("latency_ratio")))),

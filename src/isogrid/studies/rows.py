@@ -13,6 +13,7 @@ from isogrid.compress import CompressionReport
 from isogrid.report import read_json, write_json
 
 Say = Callable[[str], None]
+PLAIN_ERRORS = "Errors are relative Frobenius errors of the matrices"
 
 
 def row_of(report: CompressionReport, label: str, *, calibrated: bool) -> dict[str, Any]:
@@ -64,7 +65,6 @@ def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:
         "command": described["command"],
         "model": described["model"],
         "settings": {"calibration": described["calibration"] or "none: plain fits"},
-        "quality": {"name": "perplexity", "better": "lower"},
         "dense": {
             "label": "dense",
             "format": "dense",
@@ -88,5 +88,8 @@ def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:
                 "warnings": described["warnings"],
             }
         ],
-        "notes": ["Errors are relative output errors on the calibration data; isogrid evaluate measures the model."],
+        "notes": [
+            ("Errors are relative output errors on the calibration data" if calibrated else PLAIN_ERRORS)
+            + "; the model's quality was not measured: isogrid evaluate does."
+        ],
     }

@@ -46,7 +46,6 @@ def run_sentence_encoder(
     train, dev = load_sts("train", data_dir), load_sts("dev", data_dir)
     sentences = list(dict.fromkeys([*train.first, *train.second]))[: 512 if quick else SENTENCES]
     settings: dict[str, Any] = {
-        "model": MODEL,
         "calibration": f"{len(sentences)} sentences of STS-B train, without scores",
         "evaluation": f"STS-B dev, all {len(dev.scores)} pairs",
         "keep": KEEP,
