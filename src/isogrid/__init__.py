@@ -6,18 +6,26 @@ from isogrid.compress import CompressionReport, Moments, collect_moments, compre
 from isogrid.errors import BudgetError, CheckpointError, IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import (
+    Blast,
+    BlockDense,
+    BlockDiagonal,
+    BlockTensorChain,
     BlockTensorTrain,
     Budget,
+    Capped,
     Cost,
     Dense,
     Factor,
     Format,
+    Kronecker,
     LowRank,
     LowRankLight,
     Monarch,
     Permuted,
     Sum,
+    TensorTrain,
     Traits,
+    Unstructured,
 )
 from isogrid.linear import StructuredLinear
 
@@ -26,9 +34,14 @@ _install()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blast",
+    "BlockDense",
+    "BlockDiagonal",
+    "BlockTensorChain",
     "BlockTensorTrain",
     "Budget",
     "BudgetError",
+    "Capped",
     "CheckpointError",
     "CompressionReport",
     "Cost",
@@ -37,6 +50,7 @@ __all__ = [
     "Format",
     "IsogridError",
     "IsogridWarning",
+    "Kronecker",
     "LowRank",
     "LowRankLight",
     "Metric",
@@ -45,7 +59,9 @@ __all__ = [
     "Permuted",
     "StructuredLinear",
     "Sum",
+    "TensorTrain",
     "Traits",
+    "Unstructured",
     "collect_moments",
     "compress",
     "load",

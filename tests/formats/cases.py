@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 from isogrid import (
+    Blast,
+    BlockDense,
+    BlockDiagonal,
+    BlockTensorChain,
     BlockTensorTrain,
     Budget,
     BudgetError,
+    Capped,
     Dense,
     Format,
     IsogridError,
+    Kronecker,
     LowRank,
     LowRankLight,
     Metric,
     Monarch,
     Permuted,
     Sum,
+    TensorTrain,
+    Unstructured,
 )
 from isogrid.formats import new_factors, registered
 
@@ -42,6 +50,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 KEEPS = (0.3, 0.6, 1.0)
 
 VARIANTS: dict[str, tuple[Format, ...]] = {
+    "blast": (Blast(rank=5, blocks=3),),
+    "block_dense": (BlockDense(rank=1, blocks=3), BlockDense(rank=1, blocks=1)),
+    "block_diagonal": (BlockDiagonal(blocks=3, shuffle=True), BlockDiagonal(blocks=5)),
+    "capped": (Capped(LowRank(rank=1)), Capped(Dense())),
+    "kronecker": (Kronecker(terms=2),),
+    "tensor_train": (TensorTrain(rank=2, cores=3),),
+    "unstructured": (Unstructured(density=1.0),),
+    "block_tensor_chain": (BlockTensorChain(rank=2, cores=4), BlockTensorChain(rank=3, cores=2)),
     "block_tensor_train": (
         BlockTensorTrain(rank=2, factorization="greedy"),
         BlockTensorTrain(rank=5, out_factors=(4, 7), in_factors=(5, 5)),  # padded both ways, rank above a block's side

@@ -12,6 +12,7 @@ import re
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from isogrid import Budget, BudgetError, Format, IsogridError, LowRank, LowRankLight, Metric, Sum
@@ -301,12 +302,23 @@ def test_start_is_drawn_from_the_generator_alone(fmt: Format, m: int, n: int) ->
     assert all(torch.allclose(coarse[k].float(), one[k].float(), rtol=2**-7) for k in one), "same numbers in any dtype"
 
 
+def assert_same_fit(fmt: Format, one: Tensor, other: Tensor, target: Tensor) -> None:
+    """The same matrix; where rounding decides between restarts that end in different minima, the same error."""
+    if fmt.traits.exact_on_members:
+        assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
+    else:
+        errors = [float((target - matrix).norm()) for matrix in (one, other)]
+        assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
 def expected_gain(fmt: Format, m: int, n: int) -> float:
     """RMS of the outputs for white inputs of RMS one."""
     if isinstance(fmt, LowRankLight):
         return 1.0  # its own start: the inputs that pass through have this RMS already
     if isinstance(fmt, Sum):
         return math.sqrt(sum(expected_gain(term, m, n) ** 2 for term in fmt.terms) / len(fmt.terms))
+    if not fmt.components(m, n):
+        return min(1.0, math.sqrt(m / n))  # no dense stage of its own: as a dense matrix starts
     return math.prod(min(1.0, math.sqrt(part.fan_out / part.fan_in)) for part in fmt.components(m, n))
 
 
@@ -332,7 +344,10 @@ def test_components_describe_factors(fmt: Format, m: int, n: int) -> None:
         assert spec.trainable
         blocks = part.outputs // part.fan_out
         assert part.outputs % part.fan_out == 0
-        assert blocks * part.fan_in * part.fan_out == spec.numel
+        # A weight that serves several blocks (Kronecker products, tensor trains) counts once for each.
+        assert blocks * part.fan_in * part.fan_out % spec.numel == 0
+        if fmt.cost(m, n).multiply_adds == fmt.cost(m, n).parameters:
+            assert blocks * part.fan_in * part.fan_out == spec.numel
 
 
 # ---- the fit -------------------------------------------------------------------------------------------------------
@@ -375,7 +390,7 @@ def test_fit_is_deterministic(fmt: Format, m: int, n: int) -> None:
 def test_fit_of_a_transposed_view(fmt: Format, m: int, n: int) -> None:
     target = gaussian(n, m).mT
     one, other = (fmt.dense(fmt.fit(t), m, n) for t in (target, target.contiguous()))
-    assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
+    assert_same_fit(fmt, one, other, target)
 
 
 @over(fit_cases())
@@ -422,7 +437,7 @@ def test_fit_of_a_rank_deficient_matrix(fmt: Format, m: int, n: int) -> None:
 def test_fit_does_not_depend_on_the_scale(fmt: Format, m: int, n: int, scale: float) -> None:
     target = gaussian(m, n)
     one, scaled = (fmt.dense(fmt.fit(t), m, n) for t in (target, scale * target))
-    assert torch.allclose(scaled / scale, one, rtol=1e-8, atol=1e-10)
+    assert_same_fit(fmt, one, scaled / scale, target)
 
 
 @over(fit_cases())

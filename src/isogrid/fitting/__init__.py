@@ -1,13 +1,21 @@
 """Solvers that formats share."""
 
+from isogrid.fitting.alternating import alternating_least_squares
+from isogrid.fitting.chains import chain_bonds, chain_multiply, chain_project, chain_shapes
 from isogrid.fitting.descent import descend
 from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank
 from isogrid.fitting.metric import Metric, cholesky, squared_norm, widened
+from isogrid.fitting.shared_bases import shared_bases
 from isogrid.fitting.slices import fit_slices, project_slices
 
 __all__ = [
     "Metric",
+    "alternating_least_squares",
     "balance",
+    "chain_bonds",
+    "chain_multiply",
+    "chain_project",
+    "chain_shapes",
     "cholesky",
     "descend",
     "dominant_inputs",
@@ -15,6 +23,7 @@ __all__ = [
     "leading_left",
     "low_rank",
     "project_slices",
+    "shared_bases",
     "squared_norm",
     "widened",
 ]

@@ -15,29 +15,45 @@ from isogrid.formats.base import (
     new_factors,
     registered,
 )
+from isogrid.formats.blast import Blast
+from isogrid.formats.block_dense import BlockDense
+from isogrid.formats.block_diagonal import BlockDiagonal
+from isogrid.formats.block_tensor_chain import BlockTensorChain
 from isogrid.formats.block_tensor_train import BlockTensorTrain
+from isogrid.formats.capped import Capped
 from isogrid.formats.dense import Dense
+from isogrid.formats.kronecker import Kronecker
 from isogrid.formats.low_rank import LowRank
 from isogrid.formats.low_rank_light import LowRankLight
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.permuted import Permuted
+from isogrid.formats.sparse import Unstructured
 from isogrid.formats.sum import Sum
+from isogrid.formats.tensor_train import TensorTrain
 
 __all__ = [
+    "Blast",
+    "BlockDense",
+    "BlockDiagonal",
+    "BlockTensorChain",
     "BlockTensorTrain",
     "Budget",
+    "Capped",
     "Component",
     "Cost",
     "Dense",
     "Factor",
     "Factors",
     "Format",
+    "Kronecker",
     "LowRank",
     "LowRankLight",
     "Monarch",
     "Permuted",
     "Sum",
+    "TensorTrain",
     "Traits",
+    "Unstructured",
     "as_format",
     "check_factors",
     "format_class",

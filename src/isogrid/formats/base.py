@@ -435,6 +435,9 @@ class Format(ABC):
         )
 
 
+# A pair of sides more skewed than this is avoided by padding the size up to the next one that has a better pair.
+WORST_SKEW = 4
+
 _REGISTRY: dict[str, type[Format]] = {}
 
 
@@ -565,6 +568,15 @@ def require_rank(fmt: Format, rank: int | None, limit: int | None = None) -> int
     return rank
 
 
+def balanced_norms(factors: Factors) -> Factors:
+    """Factors of a product scaled to equal Frobenius norms; the product is unchanged."""
+    norms = [float(value.norm()) for value in factors.values()]
+    if min(norms) == 0:
+        return factors
+    mean = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
+    return {name: value * (mean / norm) for (name, value), norm in zip(factors.items(), norms, strict=True)}
+
+
 def pad_features(x: Tensor, features: int) -> Tensor:
     """Zeros appended to the last axis up to ``features``; itself when nothing is missing. Never truncates."""
     missing = features - x.shape[-1]
@@ -576,6 +588,47 @@ def pad_features(x: Tensor, features: int) -> Tensor:
 def pad_matrix(target: Tensor, out_features: int, in_features: int) -> Tensor:
     """Zero rows and columns appended to a matrix up to the given sizes."""
     return torch.nn.functional.pad(target, (0, in_features - target.shape[1], 0, out_features - target.shape[0]))
+
+
+def balanced_pair(n: int) -> tuple[int, int]:
+    """(small, large): divisor pair nearest the root, of the first size from n up whose sides differ at most 4-fold."""
+    while True:
+        large, small = nearest_pair(n)
+        if large <= WORST_SKEW * small:
+            return small, large
+        n += 1
+
+
+def greedy_pair(n: int) -> tuple[int, int]:
+    """(small, large): prime factors in ascending order, each to the smaller product (the reference's rule)."""
+    products = [1, 1]
+    divisor = 2
+    while n > 1:
+        if divisor * divisor > n:
+            divisor = n
+        while n % divisor == 0:
+            products[products.index(min(products))] *= divisor
+            n //= divisor
+        divisor += 1
+    return min(products), max(products)
+
+
+def nearest_pair(n: int) -> tuple[int, int]:
+    """(large, small): the divisor pair nearest the root."""
+    small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
+    return n // small, small
+
+
+def nearest_sides(n: int, parts: int) -> list[int]:
+    """``parts`` near-equal divisors with product n, descending."""
+    sides: list[int] = []
+    for left in range(parts, 1, -1):
+        root = n ** (1 / left)
+        divisors = [d for d in range(1, n + 1) if n % d == 0]
+        side = min(divisors, key=lambda d: (abs(math.log(d / root)), -d))
+        sides.append(side)
+        n //= side
+    return sorted([*sides, n], reverse=True)
 
 
 def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> None:
@@ -629,6 +682,8 @@ def _from_json(value: Any) -> Any:
 def _label(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_label(item) for item in value) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
     return value.label() if isinstance(value, Format) else str(value)
 
 
@@ -641,9 +696,14 @@ __all__ = [
     "Format",
     "Traits",
     "as_format",
+    "balanced_norms",
+    "balanced_pair",
     "check_factors",
     "format_class",
     "format_from_dict",
+    "greedy_pair",
+    "nearest_pair",
+    "nearest_sides",
     "new_factors",
     "normal_",
     "pad_features",

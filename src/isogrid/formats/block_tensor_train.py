@@ -19,15 +19,14 @@ from isogrid.formats.base import (
     Format,
     OnStep,
     Traits,
+    balanced_pair,
+    greedy_pair,
     pad_features,
     pad_matrix,
     require_rank,
     require_solver,
 )
 from isogrid.kernels import two_stage
-
-# A pair of sides more skewed than this is avoided by padding the size up to the next one that has a better pair.
-WORST_SKEW = 4
 
 
 @dataclass(frozen=True)
@@ -157,26 +156,3 @@ class BlockTensorTrain(Format):
             "right": right.permute(1, 3, 0, 2).reshape(m1, m0, n0 * self.rank),
             "left": left.transpose(2, 3).reshape(n0, m1 * self.rank, n1),
         }
-
-
-def balanced_pair(n: int) -> tuple[int, int]:
-    """(small, large): divisor pair nearest the root, of the first size from n up whose sides differ at most 4-fold."""
-    while True:
-        small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
-        if n // small <= WORST_SKEW * small:
-            return small, n // small
-        n += 1
-
-
-def greedy_pair(n: int) -> tuple[int, int]:
-    """(small, large): prime factors in ascending order, each to the smaller product (the reference's rule)."""
-    products = [1, 1]
-    divisor = 2
-    while n > 1:
-        if divisor * divisor > n:
-            divisor = n
-        while n % divisor == 0:
-            products[products.index(min(products))] *= divisor
-            n //= divisor
-        divisor += 1
-    return min(products), max(products)
