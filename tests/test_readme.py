@@ -18,7 +18,7 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
         pytest.skip(str(missing))
     (block,) = re.findall(r"<!-- a test runs this block -->\n```python\n(.*?)```", README.read_text(), re.S)
     code = [line for line in block.splitlines() if line and not line.startswith(("import", "from"))]
-    assert len(code) <= 10
+    assert len(code) <= 10, "ten lines, imports left out"
     monkeypatch.chdir(tmp_path)
     scope: dict = {}
     exec(compile(block, "README.md", "exec"), scope)

@@ -117,6 +117,10 @@ def compress(
     sized = allocate_uniform(layers, fmt, keep)
     calibration: Any = None
     tokens = 0
+    if calibrate is not None and calibrate.endswith(":evaluation"):
+        warnings.warn(
+            f"{calibrate} is what evaluate measures on; its figures will flatter", IsogridWarning, stacklevel=1
+        )
     if calibrate is not None:
         windows = min(windows, 4) if quick else windows
         found = calibration_data(calibrate, loaded, tokenizer, windows=windows, length=length, data_dir=data)
@@ -373,7 +377,7 @@ def report(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="sentence_encoder")],
+    name: Annotated[str, typer.Argument(help="random_projection or sentence_encoder.")],
     out: Annotated[Path | None, typer.Option(help="Default: results/study/NAME.")] = None,
     data: Data = None,
     seed: Seed = 0,

@@ -234,6 +234,7 @@ def table_columns(data: Data) -> list[Column[Row]]:
             "quality",
             Column(f"{capitalized(quality_name(data))} {better}", lambda row: format_quality(row.get("quality"))),
         ),
+        ("reference", Column("Published", lambda row: format_quality(row.get("reference")))),
         ("requested_keep", Column("Keep asked", lambda row: format_keep(row.get("requested_keep")))),
         ("achieved_keep", Column("Keep achieved", achieved)),
         ("parameters", Column("Parameters", lambda row: format_count(row.get("parameters")), wide=True)),
