@@ -27,7 +27,7 @@ from isogrid.formats import (
     Traits,
     Unstructured,
 )
-from isogrid.linear import StructuredLinear
+from isogrid.linear import StructuredLinear, convert
 
 _install()
 
@@ -64,6 +64,7 @@ __all__ = [
     "Unstructured",
     "collect_moments",
     "compress",
+    "convert",
     "load",
     "merge",
     "save",

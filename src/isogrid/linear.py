@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import IsogridError
+from isogrid.fitting import widened
 from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
 
 # Reading these of a dense view costs nothing; everything else needs the numbers.
@@ -322,6 +324,71 @@ class StructuredLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, format and bias."""
         return f"{self.in_features}, {self.out_features}, {self.format.label()}, bias={self.bias is not None}"
+
+
+def convert(
+    layer: StructuredLinear, to: Format | str | Mapping[str, Any], *, tolerance: float | None = None, **options: Any
+) -> tuple[StructuredLinear, float]:
+    """The same layer in another format, and the relative error of its matrix.
+
+    Args:
+        layer: the layer; it is not changed.
+        to: the target format. Where its size is open (``LowRankLight()``), the smallest member within the tolerance is
+            found: low rank becomes Low-Rank Light of the same rank, BlockDense low rank of its rank, and so on.
+        tolerance: relative Frobenius error allowed in that search; None: 1e-12 for float64 layers, else 1e-6.
+        options: of the target format's fit.
+
+    Returns:
+        (layer in the layer's dtype and on its device, error measured in float64 before rounding to that dtype).
+
+    Raises:
+        IsogridError: no member of the format comes within the tolerance; the message says how near the largest does.
+    """
+    fmt = as_format(to)
+    like = layer.floating_factor()
+    wide = {name: widened(value) if value.is_floating_point() else value for name, value in layer.factors.items()}
+    sizes = layer.out_features, layer.in_features
+    with torch.no_grad():
+        matrix = layer.format.dense(wide, *sizes).detach()
+    norm = matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
+
+    def fit(member: Format) -> tuple[dict[str, Tensor], float]:
+        factors = member.fit(matrix, **options)
+        return factors, float((matrix - member.dense(factors, *sizes)).norm() / norm)
+
+    if fmt.size_field is None or _fixed_size(fmt):
+        factors, error = fit(fmt)
+    else:
+        allowed = tolerance if tolerance is not None else 1e-12 if like.dtype == torch.float64 else 1e-6
+        low, high = 1, max(fmt.size_limit(*sizes), 1)
+        fmt_high = fmt.with_size(high)
+        factors, error = fit(fmt_high)
+        if error > allowed:
+            raise IsogridError(
+                f"{fmt.label()}: no {sizes[0]} x {sizes[1]} member comes within {allowed:g} of {layer.format.label()}; "
+                f"the largest, {fmt_high.label()}, has relative error {error:.3g}"
+            )
+        best = fmt_high
+        while low < high:
+            middle = (low + high) // 2
+            member = fmt.with_size(middle)
+            found, reached = fit(member)
+            if reached <= allowed:
+                high, best, factors, error = middle, member, found, reached
+            else:
+                low = middle + 1
+        fmt = best
+    specs = fmt.factors(*sizes)
+    stored = {name: value.to(like.device, specs[name].dtype or like.dtype) for name, value in factors.items()}
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    return StructuredLinear.from_factors(fmt, stored, *sizes, bias=bias).train(layer.training), error
+
+
+def _fixed_size(fmt: Format) -> bool:
+    """Whether a format's size was chosen by hand: then it is kept."""
+    assert fmt.size_field is not None
+    default = next(field.default for field in dataclasses.fields(fmt) if field.name == fmt.size_field)
+    return bool(getattr(fmt, fmt.size_field) != default)
 
 
 def is_linear(module: nn.Module) -> bool:

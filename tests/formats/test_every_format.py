@@ -157,7 +157,7 @@ def test_sized_is_the_largest_within_the_budget(name: str, unit: str, shape: tup
                 continue
             size = getattr(member, member.size_field)
             if size < member.size_limit(m, n):
-                assert not budget.allows(member._with_size(size + 1).cost(m, n, dtype))
+                assert not budget.allows(member.with_size(size + 1).cost(m, n, dtype))
     assert fitted, "no budget suited"
 
 
@@ -204,7 +204,7 @@ def test_a_sized_sum_has_no_term_that_could_grow(shape: tuple[int, int]) -> None
             for i, term in enumerate(terms):
                 if term.size_field is None or getattr(term, term.size_field) >= term.size_limit(m, n):
                     continue
-                grown = Sum((*terms[:i], term._with_size(getattr(term, term.size_field) + 1), *terms[i + 1 :]))
+                grown = Sum((*terms[:i], term.with_size(getattr(term, term.size_field) + 1), *terms[i + 1 :]))
                 assert not budget.allows(grown.cost(m, n)), f"{Sum(terms).label()}: {term.label()} could grow"
 
 
@@ -530,7 +530,7 @@ def test_optimal_formats_reach_zero_at_full_size(name: str) -> None:
             assert (target - fmt.dense(fmt.fit(target, metric), m, n)).norm() <= 1e-8 * target.norm()
         limit = fmt.size_limit(m, n)
         if fmt.size_field is not None and limit > 1:  # the largest *useful* size: one less holds fewer matrices
-            smaller = fmt._with_size(limit - 1)
+            smaller = fmt.with_size(limit - 1)
             assert (target - smaller.dense(smaller.fit(target), m, n)).norm() > 1e-3 * target.norm()
 
 

@@ -382,17 +382,17 @@ class Format(ABC):
                 return self
             raise BudgetError(self._too_small(out_features, in_features, budget, cost))
         low, high = 1, max(self.size_limit(out_features, in_features), 1)
-        smallest = self._with_size(low)
+        smallest = self.with_size(low)
         cost = smallest.cost(out_features, in_features, budget.dtype)
         if not budget.allows(cost):
             raise BudgetError(self._too_small(out_features, in_features, budget, cost))
         while low < high:  # cost grows with the size: bisection
             middle = (low + high + 1) // 2
-            if budget.allows(self._with_size(middle).cost(out_features, in_features, budget.dtype)):
+            if budget.allows(self.with_size(middle).cost(out_features, in_features, budget.dtype)):
                 low = middle
             else:
                 high = middle - 1
-        return self._with_size(low)
+        return self.with_size(low)
 
     def candidates(self, out_features: int, in_features: int, budget: Budget) -> Iterable[Self]:
         """What an automatic choice may try within a budget. Default: the one `sized` member, if there is one."""
@@ -417,7 +417,8 @@ class Format(ABC):
                 parts.append(value.label() if isinstance(value, Format) else f"{f.name}={_label(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
-    def _with_size(self, size: int) -> Self:
+    def with_size(self, size: int) -> Self:
+        """The member with another value of ``size_field``."""
         assert self.size_field is not None
         changes: dict[str, Any] = {self.size_field: size}
         return dataclasses.replace(self, **changes)
