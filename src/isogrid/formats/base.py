@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import Metric, descend, squared_norm, widened
+from isogrid.fitting import Metric, alternating_least_squares, descend, squared_norm, widened
 
 Role = Literal["weight", "gain", "structure", "index", "code"]
 TRAINABLE: frozenset[str] = frozenset({"weight", "gain", "structure"})
@@ -314,15 +314,20 @@ class Format(ABC):
         generator: torch.Generator,
         on_step: OnStep | None,
         steps: int = 200,
+        rounds: int = 10,
         restarts: int = 1,
         **options: Any,
     ) -> Factors:
-        """The format's own fit, on a checked float64 target. Default: quasi-Newton descent from a random start.
+        """The format's own fit, on a checked float64 target. Default: descent on the factors from a random start.
 
-        An override names its options as keyword parameters; `fit` refuses all others. Options of the default:
-        ``steps`` (200, most iterations), ``restarts`` (1; the best is kept).
+        Where the matrix is linear in each factor, ``rounds`` (10) of alternating least squares come first; then
+        ``steps`` (200, at most) of quasi-Newton descent on all factors. ``restarts`` (1) starts are tried, the best
+        kept. Solvers: default, or one half of it: "alternating" (needs linearity) or "descent".
+
+        An override names its options as keyword parameters; `fit` refuses all others.
         """
-        require_solver(self, solver, ("default", "descent"))
+        linear = self.traits.linear_in_factors
+        require_solver(self, solver, ("default", "descent", "alternating") if linear else ("default", "descent"))
         out_features, in_features = target.shape
         specs = self.factors(out_features, in_features)
         trainable = {name for name, spec in specs.items() if spec.trainable}
@@ -334,15 +339,17 @@ class Format(ABC):
                 begin = new_factors(self, out_features, in_features, dtype=torch.float64, device=target.device)
                 self.initialize(begin, out_features, in_features, generator)
                 _scale_to(self, begin, target)
-            found = descend(
-                lambda factors, x: self.multiply(factors, x, out_features),
-                begin,
-                trainable,
-                target,
-                metric,
-                steps=steps,
-                on_step=on_step,
-            )
+            found = begin
+
+            def product(factors: Factors, x: Tensor) -> Tensor:
+                return self.multiply(factors, x, out_features)
+
+            if linear and solver != "descent":
+                found = alternating_least_squares(
+                    product, found, [name for name in specs if name in trainable], target, metric, rounds=rounds
+                )
+            if solver != "alternating":
+                found = descend(product, found, trainable, target, metric, steps=steps, on_step=on_step)
             error = squared_norm(target - self.dense(found, out_features, in_features), metric)
             if error < best_error or not best:
                 best, best_error = found, error
