@@ -377,7 +377,7 @@ def report(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="random_projection or sentence_encoder.")],
+    name: Annotated[str, typer.Argument(help="image_compression, random_projection or sentence_encoder.")],
     out: Annotated[Path | None, typer.Option(help="Default: results/study/NAME.")] = None,
     data: Data = None,
     seed: Seed = 0,

@@ -4,7 +4,7 @@ The shape of the dict stands in `isogrid.report.tables`. Figures and the page ne
 matplotlib and jinja2 are imported by the first function that draws with them.
 """
 
-from isogrid.report.figures import error_per_layer, quality_against_size, save_figure
+from isogrid.report.figures import error_per_layer, picture_sheet, quality_against_size, save_figure
 from isogrid.report.files import read_json, replace_file, write_json
 from isogrid.report.machine import describe_machine, today
 from isogrid.report.page import write_page, write_report
@@ -38,6 +38,7 @@ __all__ = [
     "layer_table",
     "markdown_page",
     "markdown_table",
+    "picture_sheet",
     "progress",
     "quality_against_size",
     "read_json",

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from isogrid.errors import IsogridError
 from isogrid.report.files import replace_file
 from isogrid.report.tables import (
@@ -44,6 +47,13 @@ STYLES: dict[str, tuple[str, str]] = {
     "block_tensor_train": ("#009E73", "^"),
     "sum": ("#CC79A7", "D"),
     "permuted": ("#E69F00", "v"),
+    "blast": ("#882255", "p"),
+    "block_dense": ("#332288", "<"),
+    "block_diagonal": ("#999933", ">"),
+    "block_tensor_chain": ("#44AA99", "h"),
+    "kronecker": ("#AA4499", "d"),
+    "tensor_train": ("#117733", "*"),
+    "unstructured": ("#888888", "8"),
 }
 # A format that stands in no list gets one of these by its name, the same one in every figure of every session.
 OTHER_COLORS = ("#882255", "#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100")
@@ -179,6 +189,27 @@ def error_per_layer(data: Data, *, keep: float | None = None, narrow: bool = Fal
         axes.set_axis_off()
     figure.supylabel("relative output error", fontsize=9, color=INK)
     _legend(figure, panels[0], columns=1 if narrow else 3)
+    return figure
+
+
+def picture_sheet(pictures: Sequence[tuple[str, ArrayLike]], *, columns: int = 4) -> Figure:
+    """A contact sheet: pictures of one size, each under its title.
+
+    Args:
+        pictures: (title, array (height, width, 3) of red, green and blue in [0, 1]).
+        columns: pictures in a row.
+
+    Raises:
+        IsogridError: matplotlib is missing.
+    """
+    lines = -(-len(pictures) // columns)
+    tall, wide, _ = np.shape(pictures[0][1])
+    figure = _figure((3.0 * columns, (3.0 * tall / wide + 0.35) * lines))
+    for place, (title, pixels) in enumerate(pictures):
+        axes = figure.add_subplot(lines, columns, place + 1)
+        axes.imshow(np.asarray(pixels), interpolation="lanczos")
+        axes.set_title(title, fontsize=8, color=INK)
+        axes.set_axis_off()
     return figure
 
 

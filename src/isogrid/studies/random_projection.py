@@ -149,7 +149,6 @@ def run_random_projection(
             "achieved_keep": 1.0,
             "parameters": SIDE**2,
             "bytes": 4 * SIDE**2,
-            "quality": 0.0,
         },
         "rows": rows,
         "notes": [
