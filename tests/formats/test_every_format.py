@@ -15,7 +15,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from isogrid import Budget, BudgetError, Format, IsogridError, LowRank, LowRankLight, Metric, Sum
+from isogrid import (
+    Budget,
+    BudgetError,
+    Capped,
+    Format,
+    IsogridError,
+    LowRank,
+    LowRankLight,
+    Metric,
+    Monarch,
+    Permuted,
+    Sum,
+)
 from isogrid.fitting import squared_norm
 from isogrid.formats import as_format, check_factors, format_from_dict, new_factors, registered
 from tests.formats.cases import (
@@ -223,10 +235,15 @@ def test_json_identity(fmt: Format, m: int, n: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_label_is_read_back(name: str) -> None:
-    found = [fmt for fmt, _, _ in every_member() if fmt.name == name]
-    plain = [fmt for fmt in dict.fromkeys(found) if not any("name" in str(value) for value in fmt.to_dict().values())]
-    for fmt in plain:  # formats within formats are described in JSON
+    for fmt in dict.fromkeys(fmt for fmt, _, _ in every_member() if fmt.name == name):
         assert as_format(fmt.label()) == fmt
+
+
+def test_labels_nest_and_show_every_number() -> None:
+    assert Monarch().label().startswith("monarch(blocks=")
+    nested = as_format("permuted(inner=sum(terms=[low_rank(rank=3), monarch(blocks=2)]))")
+    assert nested == Permuted(Sum((LowRank(rank=3), Monarch(blocks=2))))
+    assert as_format("capped(inner=low_rank)") == Capped(LowRank())
 
 
 def test_unknown_names_and_hyper_parameters_are_refused() -> None:
@@ -236,8 +253,14 @@ def test_unknown_names_and_hyper_parameters_are_refused() -> None:
         as_format("zzzzzzzzz")
     with pytest.raises(IsogridError, match=r"'monarch' has no 'block'; it has: blocks, rank"):
         as_format("monarch(block=3)")
-    with pytest.raises(IsogridError, match="closing bracket"):
+    with pytest.raises(IsogridError, match="check its brackets"):
         as_format("monarch(blocks=3")
+    with pytest.raises(IsogridError, match=r"__import__\('os'\)\W+is not key=value"):
+        as_format("monarch(__import__('os'))")
+    with pytest.raises(IsogridError, match="is not a value"):
+        as_format("monarch(blocks=1+x)")
+    with pytest.raises(IsogridError, match="of the form name"):
+        as_format("(monarch)")
     with pytest.raises(IsogridError, match="not key=value"):
         as_format("monarch(3)")
     with pytest.raises(IsogridError, match="got int"):

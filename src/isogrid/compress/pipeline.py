@@ -17,7 +17,7 @@ from isogrid.compress.lockstep import lockstep
 from isogrid.compress.select import select_layers
 from isogrid.compress.summary import CompressionReport, LayerReport, count_parameters, stored_bytes
 from isogrid.errors import IsogridError, IsogridWarning
-from isogrid.fitting import Metric, squared_norm, widened
+from isogrid.fitting import Metric, widened
 from isogrid.formats import Format, as_format
 from isogrid.linear import StructuredLinear, linear_matrix
 
@@ -167,18 +167,15 @@ def _fit_layer(
     moves_bias = bias is not None and metric is not None and metric.mean is not None
     cost_of_errors = metric.centred if metric is not None and moves_bias else metric
     try:
-        factors = fmt.fit(matrix, cost_of_errors, generator=generator, **options)
+        factors, fitted = fmt.fit_and_report(matrix, cost_of_errors, generator=generator, **options)
     except IsogridError as error:
         raise IsogridError(f"layer {name!r}: {error}") from error
-    # Multiplied out in float64: rounding a product that the layer never forms is no error of the fit.
-    wide = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
-    residual = widened(matrix) - fmt.dense(wide, out_features, in_features)
     new_bias = None if bias is None else bias.detach().clone()
     if moves_bias and new_bias is not None and metric is not None and metric.mean is not None:
+        wide = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
+        residual = widened(matrix) - fmt.dense(wide, out_features, in_features)
         shift = residual @ metric.mean.to(residual.device)
         new_bias = (widened(new_bias) + shift).to(new_bias)
-    whole = squared_norm(matrix, cost_of_errors)
-    relative = (squared_norm(residual, cost_of_errors) / whole) ** 0.5 if whole > 0 else 0.0
     layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
     layer.requires_grad_(linear.weight.requires_grad)
     if bias is not None and layer.bias is not None:
@@ -191,7 +188,9 @@ def _fit_layer(
         in_features=in_features,
         parameters=layer.cost().parameters,
         dense_parameters=out_features * in_features,
-        error=relative,
+        error=fitted.error,
+        least_error=fitted.least_error,
+        iterations=fitted.iterations,
         calibrated=metric is not None,
         rows=None if metric is None else metric.rows,
         bias_moved=moves_bias,

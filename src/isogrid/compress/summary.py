@@ -25,6 +25,8 @@ class LayerReport:
         dense_parameters: out · in.
         error: relative output error ``||(W - V) M^½|| / ||W M^½||`` on the calibration moments, or the relative
             Frobenius error of a plain fit.
+        least_error: no fit of this member can have a smaller error; None where no bound is known.
+        iterations: of the solver; 0 for closed forms.
         calibrated: whether the fit knew the layer's inputs.
         rows: calibration rows, or None.
         bias_moved: whether the fit moved the mean error into the bias.
@@ -38,6 +40,8 @@ class LayerReport:
     parameters: int
     dense_parameters: int
     error: float
+    least_error: float | None
+    iterations: int
     calibrated: bool
     rows: int | None
     bias_moved: bool
@@ -53,6 +57,8 @@ class LayerReport:
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "error": self.error,
+            "least_error": self.least_error,
+            "iterations": self.iterations,
             "calibrated": self.calibrated,
             "rows": self.rows,
             "bias_moved": self.bias_moved,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting.metric import Metric
+from isogrid.fitting.report import OnStep
 
-OnStep = Callable[[int, float], None]
 Multiply = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 

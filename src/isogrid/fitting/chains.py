@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting.low_rank import leading_left
+from isogrid.fitting.report import rank_bound
 
 
 def chain_bonds(outs: Sequence[int], ins: Sequence[int], rank: int) -> list[int]:
@@ -71,3 +72,14 @@ def chain_project(target: Tensor, outs: Sequence[int], ins: Sequence[int], rank:
     after, _, own_out, _, own_in, after_in = rest.shape
     cores.append(rest.reshape(after, 1, 1, own_out, own_in, after_in))
     return cores[::-1]
+
+
+def chain_bound(target: Tensor, outs: Sequence[int], ins: Sequence[int], rank: int) -> float:
+    """Least squared error of any chain: at each cut, outputs done and inputs to come choose a matrix of bond's rank."""
+    bonds = chain_bonds(outs, ins, rank)
+    best = 0.0
+    for i in range(1, len(outs)):
+        done, rest = math.prod(outs[:i]), math.prod(ins[i:])
+        cut = target.reshape(done, math.prod(outs[i:]), math.prod(ins[:i]), rest).permute(0, 3, 1, 2)
+        best = max(best, rank_bound(cut, bonds[i], None))
+    return best

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting.metric import Metric
-
-OnStep = Callable[[int, float], None]
+from isogrid.fitting.report import OnStep
 
 
 @torch.inference_mode(False)  # a caller's inference mode would record no gradients

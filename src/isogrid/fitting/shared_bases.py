@@ -8,14 +8,11 @@ best iterate is kept. A metric over the inputs enters every Gram matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from isogrid.fitting.metric import Metric, cholesky
-
-OnStep = Callable[[int, float], None]
+from isogrid.fitting.report import OnStep
 
 
 def shared_bases(

@@ -7,15 +7,12 @@ descent then lowers the objective until it stands (fitting theory 3.5 and 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from isogrid.fitting.low_rank import leading_left
 from isogrid.fitting.metric import Metric, cholesky
-
-OnStep = Callable[[int, float], None]
+from isogrid.fitting.report import OnStep
 
 # Rows of the joint left update hold (columns groups · rank, n) numbers per row group; this bounds their number.
 JOINT_CHUNK = 2**25

@@ -1,20 +1,6 @@
 """What a matrix can be: one file per format."""
 
-from isogrid.formats.base import (
-    Budget,
-    Component,
-    Cost,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    as_format,
-    check_factors,
-    format_class,
-    format_from_dict,
-    new_factors,
-    registered,
-)
+from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, Traits, check_factors, new_factors
 from isogrid.formats.blast import Blast
 from isogrid.formats.block_dense import BlockDense
 from isogrid.formats.block_diagonal import BlockDiagonal
@@ -28,6 +14,7 @@ from isogrid.formats.low_rank_light import LowRankLight
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.permuted import Permuted
 from isogrid.formats.sparse import Unstructured
+from isogrid.formats.spelling import as_format, format_class, format_from_dict, registered
 from isogrid.formats.sum import Sum
 from isogrid.formats.tensor_train import TensorTrain
 

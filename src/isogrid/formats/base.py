@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-import json
 import math
-import re
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -17,13 +15,12 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import Metric, alternating_least_squares, descend, squared_norm, widened
+from isogrid.fitting import FitReport, Metric, OnStep, alternating_least_squares, descend, squared_norm, widened
 
 Role = Literal["weight", "gain", "structure", "index", "code"]
 TRAINABLE: frozenset[str] = frozenset({"weight", "gain", "structure"})
 Factors = dict[str, Tensor]
 T = TypeVar("T")
-OnStep = Callable[[int, float], None]
 
 
 @dataclass(frozen=True)
@@ -183,10 +180,10 @@ class Format(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" in cls.__dict__:
-            known = _REGISTRY.get(cls.name)
+            known = REGISTRY.get(cls.name)
             if known is not None and known.__qualname__ != cls.__qualname__:
                 raise IsogridError(f"a format named {cls.name!r} exists: {known.__module__}.{known.__qualname__}")
-            _REGISTRY[cls.name] = cls
+            REGISTRY[cls.name] = cls
 
     # ---- what a format must say --------------------------------------------------------------------------------
 
@@ -257,7 +254,7 @@ class Format(ABC):
         on_step: OnStep | None = None,
         **options: Any,
     ) -> Factors:
-        """Choose factors so that ``||(target - dense) M^½||_F`` is small.
+        """Choose factors so that ``||(target - dense) M^½||_F`` is small; `fit_and_report` also says how well it went.
 
         Args:
             target: ``(out, in)``, any floating dtype; the factors come back in it. Solved in float64.
@@ -271,6 +268,62 @@ class Format(ABC):
         Raises:
             IsogridError: target not a finite floating matrix, metric of another size, unknown solver or option.
         """
+        factors, _, _ = self._fit(target, metric, solver, start, generator, on_step, options)
+        return factors
+
+    def fit_and_report(
+        self,
+        target: Tensor,
+        metric: Metric | None = None,
+        *,
+        solver: str = "default",
+        start: Mapping[str, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        on_step: OnStep | None = None,
+        **options: Any,
+    ) -> tuple[Factors, FitReport]:
+        """`fit`, and what it reached: objective, the lower bound where one is known, iterations, seconds."""
+        begun = time.perf_counter()
+        iterations = 0
+
+        def count(step: int, objective: float) -> None:
+            nonlocal iterations
+            iterations = step
+            if on_step is not None:
+                on_step(step, objective)
+
+        factors, found, on_device = self._fit(target, metric, solver, start, generator, count, options)
+        seconds = time.perf_counter() - begun
+        wide = widened(target.detach())
+        # Multiplied out in float64: rounding a product that a layer never forms is no error of the fit.
+        exact = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
+        with torch.no_grad():
+            objective = squared_norm(wide - self.dense(exact, *target.shape), on_device)
+            optimal = self.traits.optimal if metric is None else self.traits.optimal_under_metric
+            if optimal and solver == "default":
+                bound: float | None = squared_norm(wide - self.dense(found, *target.shape), on_device)
+            else:
+                bound = self.lower_bound(wide, on_device)
+        whole = squared_norm(wide, on_device)
+        # A bound is computed with its own rounding: it never says more than what was reached.
+        bound = None if bound is None else min(bound, objective)
+        return factors, FitReport(objective, whole, bound, iterations, seconds)
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """A value below which no member's ``||(target - dense) M^½||_F²`` lies, float64; None: none is known."""
+        return None
+
+    def _fit(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        solver: str,
+        start: Mapping[str, Tensor] | None,
+        generator: torch.Generator | None,
+        on_step: OnStep | None,
+        options: dict[str, Any],
+    ) -> tuple[Factors, Factors, Metric | None]:
+        """Factors as asked for, as they were solved for in float64, and the metric on the device of the latter."""
         if target.ndim != 2 or not target.is_floating_point():
             raise IsogridError(f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}")
         if not torch.isfinite(target).all():
@@ -302,7 +355,7 @@ class Format(ABC):
             name: found[name].to(target.device, spec.dtype or target.dtype).contiguous() for name, spec in specs.items()
         }
         check_factors(self, out, *target.shape)
-        return out
+        return out, found, on_device
 
     def solve(
         self,
@@ -411,17 +464,20 @@ class Format(ABC):
     # ---- spelling ----------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able description, read back by `format_from_dict`."""
+        """JSON-able description, read back by `spelling.format_from_dict`."""
         return {"name": self.name} | {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def label(self) -> str:
-        """Short name for tables: ``monarch(blocks=4, rank=36)``; defaults are left out."""
+        """Short name for tables, read back by `spelling.as_format`: ``monarch(blocks=4, rank=36)``.
+
+        Choices left at their default are left out, except numbers: a rank or a number of blocks is always shown.
+        """
         parts = []
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            if value != default:
-                parts.append(value.label() if isinstance(value, Format) else f"{f.name}={_label(value)}")
+            if value != default or type(value) in (int, float):
+                parts.append(f"{f.name}={_label(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
     def with_size(self, size: int) -> Self:
@@ -443,81 +499,7 @@ class Format(ABC):
         )
 
 
-# A pair of sides more skewed than this is avoided by padding the size up to the next one that has a better pair.
-WORST_SKEW = 4
-
-_REGISTRY: dict[str, type[Format]] = {}
-
-
-def registered() -> dict[str, type[Format]]:
-    """All known formats by name, in order of registration."""
-    return dict(_REGISTRY)
-
-
-def format_class(name: str) -> type[Format]:
-    """The format registered under a name.
-
-    Raises:
-        IsogridError: unknown name; the message suggests near ones.
-    """
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), _REGISTRY, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(_REGISTRY)}"
-    raise IsogridError(f"unknown format {name!r}; {hint}")
-
-
-def format_from_dict(description: Mapping[str, Any]) -> Format:
-    """The format that `Format.to_dict` described.
-
-    Raises:
-        IsogridError: unknown name or hyper-parameter.
-    """
-    if not isinstance(description, Mapping) or not isinstance(description.get("name"), str):
-        raise IsogridError(f"a format is described by a JSON object with a name, got {description!r}")
-    cls = format_class(description["name"])
-    known = {f.name for f in dataclasses.fields(cls)}
-    given = {key: _from_json(value) for key, value in description.items() if key != "name"}
-    unknown = sorted(given.keys() - known)
-    if unknown:
-        raise IsogridError(
-            f"format {cls.name!r} has no {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'nothing'}"
-        )
-    try:
-        return cls(**given)
-    except TypeError as error:
-        raise IsogridError(f"format {cls.name!r}: a hyper-parameter has a value of the wrong kind ({error})") from None
-
-
-def as_format(value: Format | str | Mapping[str, Any]) -> Format:
-    """A format from itself, from ``"monarch"`` or ``"monarch(blocks=8)"``, or from its description.
-
-    Raises:
-        IsogridError: not a format; the message says what is wrong.
-    """
-    if isinstance(value, Format):
-        return value
-    if isinstance(value, Mapping):
-        return format_from_dict(value)
-    if isinstance(value, type) and issubclass(value, Format):
-        raise IsogridError(f"{value.__name__} is the class of a format; pass {value.__name__}()")
-    if not isinstance(value, str):
-        raise IsogridError(f"a format is a Format, a name or a description, got {type(value).__name__}")
-    head, bracket, rest = value.strip().partition("(")
-    description: dict[str, Any] = {"name": head.strip()}
-    if bracket:
-        if not rest.endswith(")"):
-            raise IsogridError(f"format {value!r}: the closing bracket is missing; write name(key=value, …)")
-        # A comma within brackets belongs to a value: out_factors=[4, 7].
-        for part in filter(None, (piece.strip() for piece in re.split(r",(?![^\[]*\])", rest[:-1]))):
-            key, equals, text = part.partition("=")
-            if not equals:
-                raise IsogridError(f"format {value!r}: {part!r} is not key=value")
-            try:
-                description[key.strip()] = json.loads(text)
-            except json.JSONDecodeError:
-                description[key.strip()] = text.strip().strip("'\"")
-    return format_from_dict(description)
+REGISTRY: dict[str, type[Format]] = {}
 
 
 # ---- factors -------------------------------------------------------------------------------------------------------
@@ -585,60 +567,6 @@ def balanced_norms(factors: Factors) -> Factors:
     return {name: value * (mean / norm) for (name, value), norm in zip(factors.items(), norms, strict=True)}
 
 
-def pad_features(x: Tensor, features: int) -> Tensor:
-    """Zeros appended to the last axis up to ``features``; itself when nothing is missing. Never truncates."""
-    missing = features - x.shape[-1]
-    if missing < 0:
-        raise IsogridError(f"input has {x.shape[-1]} features, at most {features} are expected")
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
-
-
-def pad_matrix(target: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Zero rows and columns appended to a matrix up to the given sizes."""
-    return torch.nn.functional.pad(target, (0, in_features - target.shape[1], 0, out_features - target.shape[0]))
-
-
-def balanced_pair(n: int) -> tuple[int, int]:
-    """(small, large): divisor pair nearest the root, of the first size from n up whose sides differ at most 4-fold."""
-    while True:
-        large, small = nearest_pair(n)
-        if large <= WORST_SKEW * small:
-            return small, large
-        n += 1
-
-
-def greedy_pair(n: int) -> tuple[int, int]:
-    """(small, large): prime factors in ascending order, each to the smaller product (the reference's rule)."""
-    products = [1, 1]
-    divisor = 2
-    while n > 1:
-        if divisor * divisor > n:
-            divisor = n
-        while n % divisor == 0:
-            products[products.index(min(products))] *= divisor
-            n //= divisor
-        divisor += 1
-    return min(products), max(products)
-
-
-def nearest_pair(n: int) -> tuple[int, int]:
-    """(large, small): the divisor pair nearest the root."""
-    small = next(d for d in range(math.isqrt(n), 0, -1) if n % d == 0)
-    return n // small, small
-
-
-def nearest_sides(n: int, parts: int) -> list[int]:
-    """``parts`` near-equal divisors with product n, descending."""
-    sides: list[int] = []
-    for left in range(parts, 1, -1):
-        root = n ** (1 / left)
-        divisors = [d for d in range(1, n + 1) if n % d == 0]
-        side = min(divisors, key=lambda d: (abs(math.log(d / root)), -d))
-        sides.append(side)
-        n //= side
-    return sorted([*sides, n], reverse=True)
-
-
 def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> None:
     """Fill with Gaussian numbers drawn in float32 where the generator lives: same seed, same numbers on any device."""
     device = generator.device if generator is not None else "cpu"
@@ -679,14 +607,6 @@ def _to_json(value: Any) -> Any:
     return value
 
 
-def _from_json(value: Any) -> Any:
-    if isinstance(value, Mapping) and "name" in value:
-        return format_from_dict(value)
-    if isinstance(value, list):
-        return tuple(_from_json(item) for item in value)
-    return value
-
-
 def _label(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_label(item) for item in value) + "]"
@@ -703,21 +623,11 @@ __all__ = [
     "Factors",
     "Format",
     "Traits",
-    "as_format",
     "balanced_norms",
-    "balanced_pair",
     "check_factors",
-    "format_class",
-    "format_from_dict",
-    "greedy_pair",
-    "nearest_pair",
-    "nearest_sides",
     "new_factors",
     "normal_",
-    "pad_features",
-    "pad_matrix",
     "prefixed",
-    "registered",
     "require_rank",
     "require_solver",
     "unprefixed",

@@ -11,19 +11,9 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, descend, low_rank, project_slices, shared_bases, squared_norm
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    OnStep,
-    Traits,
-    pad_features,
-    pad_matrix,
-    require_rank,
-    require_solver,
-)
+from isogrid.fitting import Metric, OnStep, descend, low_rank, project_slices, rank_bound, shared_bases, squared_norm
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.sizes import pad_features, pad_matrix
 
 
 @dataclass(frozen=True)
@@ -104,6 +94,12 @@ class Blast(Format):
         super().initialize(factors, out_features, in_features, generator)
         signs = torch.where(factors["coupling"] < 0, -1.0, 1.0) / math.sqrt(self.blocks)
         factors["coupling"].copy_(signs)
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """Every row of blocks has rank ``rank`` at most (fitting theory 3.7)."""
+        out_block, _ = self._sizes(*target.shape)
+        rows = pad_matrix(target, self.blocks * out_block, target.shape[1]).view(self.blocks, out_block, -1)
+        return rank_bound(rows, require_rank(self, self.rank), metric)
 
     def solve(
         self,

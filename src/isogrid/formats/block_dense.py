@@ -10,19 +10,9 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, balance, fit_slices, leading_left
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    OnStep,
-    Traits,
-    pad_features,
-    pad_matrix,
-    require_rank,
-    require_solver,
-)
+from isogrid.fitting import Metric, OnStep, balance, fit_slices, leading_left, rank_bound
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.sizes import pad_features, pad_matrix
 
 
 @dataclass(frozen=True)
@@ -79,6 +69,10 @@ class BlockDense(Format):
             Component("right", -(-in_features // self.blocks), rank, hidden),
             Component("left", hidden, out_features, out_features),
         ]
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """The matrix has rank ``blocks · rank`` at most."""
+        return rank_bound(target, self.blocks * require_rank(self, self.rank), metric)
 
     def solve(
         self,

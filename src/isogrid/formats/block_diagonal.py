@@ -11,17 +11,8 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, cholesky
-from isogrid.formats.base import (
-    Budget,
-    Component,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    pad_features,
-    pad_matrix,
-    require_solver,
-)
+from isogrid.formats.base import Budget, Component, Factor, Factors, Format, Traits, require_solver
+from isogrid.formats.sizes import pad_features, pad_matrix
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,10 @@ from torch import Tensor
 from isogrid.errors import IsogridError
 from isogrid.fitting import (
     Metric,
+    OnStep,
     alternating_least_squares,
     chain_bonds,
+    chain_bound,
     chain_multiply,
     chain_project,
     chain_shapes,
@@ -22,13 +24,12 @@ from isogrid.formats.base import (
     Factor,
     Factors,
     Format,
-    OnStep,
     Traits,
     balanced_norms,
-    nearest_sides,
     require_rank,
     require_solver,
 )
+from isogrid.formats.sizes import nearest_sides
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,10 @@ class BlockTensorChain(Format):
     def size_limit(self, out_features: int, in_features: int) -> int:
         """The largest bond that any cut can use."""
         return max(chain_bonds(*self.digits(out_features, in_features), out_features * in_features))
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """Without a metric, the largest bound of all cuts (`chain_bound`)."""
+        return None if metric is not None else chain_bound(target, *self.digits(*target.shape), self.rank)
 
     def solve(
         self,

@@ -11,21 +11,9 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, fit_slices, project_slices
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    OnStep,
-    Traits,
-    balanced_pair,
-    greedy_pair,
-    pad_features,
-    pad_matrix,
-    require_rank,
-    require_solver,
-)
+from isogrid.fitting import Metric, OnStep, fit_slices, project_slices, rank_bound
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.sizes import balanced_pair, greedy_pair, pad_features, pad_matrix
 from isogrid.kernels import two_stage
 
 
@@ -124,6 +112,14 @@ class BlockTensorTrain(Format):
         """The smaller side of a block: there every matrix is a member."""
         _, n1, _, m0 = self.grid(out_features, in_features)
         return min(n1, m0)
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """A row group has at most its blocks' ranks together; without a metric each block counts alone."""
+        n0, n1, m1, m0 = self.grid(*target.shape)
+        rows = pad_matrix(target, n0 * n1, target.shape[1]).view(n0, n1, -1)
+        if metric is not None:
+            return rank_bound(rows, m1 * self.rank, metric)
+        return rank_bound(pad_features(rows, m1 * m0).view(n0, n1, m1, m0).transpose(1, 2), self.rank, None)
 
     def solve(
         self,

@@ -11,18 +11,8 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric
-from isogrid.formats.base import (
-    Budget,
-    Component,
-    Cost,
-    Factor,
-    Factors,
-    Format,
-    OnStep,
-    prefixed,
-    unprefixed,
-)
+from isogrid.fitting import Metric, OnStep
+from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, prefixed, unprefixed
 from isogrid.formats.monarch import Monarch
 
 # Inside the root, so that a factor of zeros has a finite gradient.
@@ -131,6 +121,10 @@ class Capped(Format):
             member = type(self)(inner)
             if budget.allows(member.cost(out_features, in_features, budget.dtype)):
                 yield member
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """The inner format's: its matrices are the same."""
+        return self.inner.lower_bound(target, metric)
 
     def solve(
         self,

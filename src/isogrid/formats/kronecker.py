@@ -11,18 +11,9 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, balance, cholesky, leading_left
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    OnStep,
-    Traits,
-    nearest_pair,
-    require_rank,
-    require_solver,
-)
+from isogrid.fitting import Metric, OnStep, balance, cholesky, leading_left
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.sizes import nearest_pair
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting import Metric, dominant_inputs, low_rank
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    normal_,
-    require_rank,
-    require_solver,
-)
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, normal_, require_rank, require_solver
 
 
 @dataclass(frozen=True)

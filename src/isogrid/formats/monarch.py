@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, fit_slices, project_slices
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    OnStep,
-    Traits,
-    pad_features,
-    pad_matrix,
-    require_solver,
-)
+from isogrid.fitting import Metric, OnStep, fit_slices, project_slices, rank_bound
+from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_solver
+from isogrid.formats.sizes import pad_features, pad_matrix
 from isogrid.kernels import two_stage
 
 
@@ -93,6 +84,16 @@ class Monarch(Format):
         group = torch.arange(self.blocks)
         first = (group.unsqueeze(1) - group * hidden) % self.blocks  # first hidden unit of (row group, column group)
         return ((hidden - first + self.blocks - 1) // self.blocks).clamp(min=0)
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """A row group has at most its slices' ranks together; without a metric each slice counts alone."""
+        out_block, _, in_block = self._sizes(*target.shape)
+        ranks = self.slice_ranks(*target.shape).to(target.device)
+        rows = pad_matrix(target, self.blocks * out_block, target.shape[1]).view(out_block, self.blocks, -1)
+        if metric is not None:
+            return rank_bound(rows.transpose(0, 1), ranks.sum(1), metric)
+        slices = pad_features(rows, self.blocks * in_block).view(out_block, self.blocks, self.blocks, in_block)
+        return rank_bound(slices.permute(1, 2, 0, 3), ranks, None)
 
     def solve(
         self,

@@ -12,17 +12,7 @@ from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import Metric, cholesky
-from isogrid.formats.base import (
-    Budget,
-    Component,
-    Cost,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    normal_,
-    require_solver,
-)
+from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, Traits, normal_, require_solver
 
 # Rows are refitted in groups of about this many numbers in their normal equations.
 REFIT_NUMBERS = 2**25

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, squared_norm
+from isogrid.fitting import Metric, OnStep, squared_norm
 from isogrid.formats.base import (
     Budget,
     Component,
@@ -18,7 +18,6 @@ from isogrid.formats.base import (
     Factor,
     Factors,
     Format,
-    OnStep,
     prefixed,
     require_solver,
     unprefixed,

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, alternating_least_squares, leading_left
+from isogrid.fitting import Metric, OnStep, alternating_least_squares, leading_left, rank_bound
 from isogrid.formats.base import (
     Component,
     Cost,
     Factor,
     Factors,
     Format,
-    OnStep,
     Traits,
     balanced_norms,
-    nearest_sides,
     require_rank,
     require_solver,
 )
+from isogrid.formats.sizes import nearest_sides
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,19 @@ class TensorTrain(Format):
         counted = super().cost(out_features, in_features, dtype)
         adds = sum(stage.fan_in * stage.outputs for stage in self.components(out_features, in_features))
         return Cost(counted.parameters, adds, counted.bits)
+
+    def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
+        """Without a metric, the largest bound of all cuts: each unfolding has the rank of its bond."""
+        if metric is not None:
+            return None
+        m, n = self.sides(*target.shape)
+        bonds = self.bonds(*target.shape)
+        cuts = []
+        for k in range(1, self.cores):
+            head, rest = math.prod(m[:k]), math.prod(n[:k])
+            unfolded = target.reshape(head, -1, rest, target.shape[1] // rest).transpose(1, 2)
+            cuts.append(rank_bound(unfolded.reshape(head * rest, -1), bonds[k], None))
+        return max(cuts)
 
     def solve(
         self,
