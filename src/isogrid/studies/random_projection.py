@@ -86,7 +86,7 @@ def run_random_projection(
     """Project one Gaussian matrix into every format at the published sizes.
 
     Args:
-        out: folder for the table; rows that are there for the same settings are not measured again.
+        out: folder for the table. Rows are kept in ``runs/study/random_projection`` and not measured again.
         quick: BLAST at the two smallest ranks and with fewer sweeps.
         seed: of the matrix and the fits.
         data_dir: not used; the matrix is drawn.

@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import isogrid
 from isogrid.compress import CompressionReport
 from isogrid.report import read_json, write_json
 
@@ -45,16 +47,28 @@ def remembered(
     Args:
         folder: where rows are kept.
         key: name of the row.
-        settings: everything the row depends on; another value makes the row anew.
+        settings: what the row depends on; another value, or other code behind it, makes the row anew.
         make: measures the row.
     """
-    fingerprint = hashlib.sha256(json.dumps([key, settings], sort_keys=True, default=str).encode()).hexdigest()[:12]
+    described = json.dumps([key, settings, _state_of_code()], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(described.encode()).hexdigest()[:12]
     path = folder / f"{key}-{fingerprint}.json"
     if path.is_file():
         return read_json(path)
     row = make()
     write_json(row, path)
     return read_json(path)
+
+
+@cache
+def _state_of_code() -> str:
+    """Hash of the code that rows are made by, as it stood when this process asked first."""
+    digest = hashlib.sha256()
+    package = Path(isogrid.__file__).parent
+    for room in ("compress", "data", "evaluation", "fitting", "formats", "kernels"):
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:

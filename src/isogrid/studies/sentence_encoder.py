@@ -31,7 +31,7 @@ def run_sentence_encoder(
     """Every format at half the parameters, calibrated on sentences of STS-B's training half without their scores.
 
     Args:
-        out: folder for the table; rows that are there for the same settings are not measured again.
+        out: folder for the table. Rows are kept in ``runs/study/sentence_encoder`` and not measured again.
         quick: 512 sentences.
         seed: of the fits.
         data_dir: where STS-B is looked up first.
