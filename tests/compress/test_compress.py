@@ -603,7 +603,7 @@ def test_an_exception_in_the_middle_of_fitting(way, error, monkeypatch):
     }[way]()
     before = models.snapshot(model)
     config = copy.deepcopy(model.config.to_dict())
-    fit, fits = isogrid.LowRank.fit, 0
+    fit, fits = isogrid.LowRank.fit_and_report, 0
 
     def breaking(self, *args, **kwargs):
         nonlocal fits
@@ -612,7 +612,7 @@ def test_an_exception_in_the_middle_of_fitting(way, error, monkeypatch):
             raise error("in the middle")
         return fit(self, *args, **kwargs)
 
-    monkeypatch.setattr(isogrid.LowRank, "fit", breaking)
+    monkeypatch.setattr(isogrid.LowRank, "fit_and_report", breaking)
     with pytest.raises(error, match="in the middle"):
         compress(model, "low_rank", calibration=calibration)
     models.assert_untouched(model, before)
