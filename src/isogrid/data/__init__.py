@@ -1,5 +1,6 @@
 """Real data and pretrained models by name: texts, sentence pairs, photographs, and models that packages carry."""
 
+from isogrid.data.cifar import load_cifar10
 from isogrid.data.images import load_photographs, open_photographs, prepare_image
 from isogrid.data.lookup import DATASETS, DatasetNotFoundError, data_folders, find_dataset
 from isogrid.data.pairs import SentencePairs, load_sts
@@ -17,6 +18,7 @@ __all__ = [
     "StoriesTokenizer",
     "data_folders",
     "find_dataset",
+    "load_cifar10",
     "load_photographs",
     "load_pretrained",
     "load_stories260k",
