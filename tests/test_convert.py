@@ -6,11 +6,16 @@ import torch
 from isogrid import (
     BlockDense,
     BlockTensorTrain,
+    Capped,
+    Circulant,
+    Dense,
     IsogridError,
     Kronecker,
     LowRank,
     LowRankLight,
     Monarch,
+    Permuted,
+    Product,
     StructuredLinear,
     TensorTrain,
     convert,
@@ -24,6 +29,13 @@ PAIRS = [
     (Kronecker(3), TensorTrain(), TensorTrain(3)),
     (TensorTrain(3), Kronecker(), Kronecker(3)),
     (Monarch(1, rank=4), LowRank(), LowRank(4)),
+    (Monarch(4, rank=2), BlockTensorTrain(), Permuted(BlockTensorTrain(2, out_factors=(4, 6), in_factors=(4, 9)))),
+    (Monarch(3, rank=1), BlockTensorTrain(3), Permuted(BlockTensorTrain(3, out_factors=(3, 8), in_factors=(3, 12)))),
+    (Monarch(4), BlockTensorTrain(), Permuted(BlockTensorTrain(2, out_factors=(4, 6), in_factors=(4, 9)))),  # mixed
+    (Monarch(6), Permuted(BlockTensorTrain()), Permuted(BlockTensorTrain(1, out_factors=(6, 4), in_factors=(6, 6)))),
+    # An open size within a wrapper is searched too.
+    (LowRank(3), Permuted(LowRankLight()), Permuted(LowRankLight(3))),
+    (Monarch(4, rank=2), Capped(Monarch(4)), Capped(Monarch(4, rank=2))),
 ]
 
 
@@ -69,3 +81,41 @@ def test_half_precision_keeps_its_dtype():
     converted, error = convert(layer, LowRankLight(4))
     assert converted.floating_factor().dtype == torch.bfloat16
     assert error < 1e-6
+
+
+@pytest.mark.parametrize("fmt", [Monarch(4, rank=2), Monarch(4), Monarch(12), Monarch(1, rank=3)], ids=str)
+def test_monarch_as_block_tensor_train_moves_numbers_and_computes_none(fmt):
+    layer = StructuredLinear(36, 24, fmt, dtype=torch.float64)
+    converted, error = convert(layer, "block_tensor_train")
+    assert isinstance(converted.format, Permuted)
+    assert error <= 1e-15
+    for name in ("right", "left"):
+        moved = converted.factors[f"inner_{name}"]
+        assert torch.equal(moved[moved != 0].sort().values, layer.factors[name].flatten().sort().values)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "to"),
+    [
+        (Monarch(5), BlockTensorTrain(6)),  # 5 divides neither size
+        (Monarch(4, rank=3), BlockTensorTrain(2)),  # fewer directions than the slices have
+        (Monarch(4, rank=2), BlockTensorTrain(2, out_factors=(3, 8), in_factors=(6, 6))),  # sizes chosen by hand
+    ],
+    ids=str,
+)
+def test_what_is_chosen_by_hand_is_fitted(fmt, to):
+    converted, _ = convert(StructuredLinear(36, 24, fmt, dtype=torch.float64), to)
+    assert converted.format == to
+
+
+def test_only_square_circulants_are_rewritten_as_products():
+    fmt = Product((Permuted(Monarch(2)), Permuted(Monarch(2))))
+    assert Circulant().rewritten(fmt, {"kernel": torch.ones(8)}, 8, 6) is None
+    assert Circulant().rewritten(fmt, {"kernel": torch.ones(9)}, 9, 9) is None  # 2 does not divide 9
+    assert Circulant().rewritten(Product((Dense(), Dense())), {"kernel": torch.ones(8)}, 8, 8) is None
+    ranked = Product((Permuted(Monarch(2, rank=1)), Permuted(Monarch(2))))
+    assert Circulant().rewritten(ranked, {"kernel": torch.ones(8)}, 8, 8) is None
+    assert Circulant().rewritten(Product(fmt.parts, (8,)), {"kernel": torch.ones(8)}, 8, 8) is None
+    found = Circulant().rewritten(fmt, {"kernel": torch.ones(8)}, 8, 8)
+    assert found is not None
+    assert found[0] == Product((Permuted(Monarch(2, rank=2)), Permuted(Monarch(2, rank=2))), (16,))

@@ -110,15 +110,18 @@ class StructuredLinear(nn.Module):
         device: where the factors live.
         dtype: floating dtype of the factors.
         generator: source of the random start; None takes torch's global generator.
+        init: "default", the format's start; or "orthonormal", that start with all singular values of every block set
+            to one (`Format.orthonormalize`), which structured feedforward layers train better from (Wei et al. 2024).
 
     The factors are ordinary parameters (weights, gains, structure) and buffers (indices, codes) of the module, under
     the names the format gives them: optimizers, ``state_dict``, DDP and FSDP see nothing special.
 
     Raises:
-        IsogridError: the format doesn't suit the sizes.
+        IsogridError: the format doesn't suit the sizes, has no such start, or ``init`` is neither.
     """
 
     bias: nn.Parameter | None
+    init: str = "default"
 
     def __init__(
         self,
@@ -130,8 +133,10 @@ class StructuredLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        init: str = "default",
     ) -> None:
         super().__init__()
+        self.init = init  # kept for `reset_parameters`, which is called again on layers built on the meta device
         self._attach(
             in_features,
             out_features,
@@ -222,8 +227,12 @@ class StructuredLinear(nn.Module):
         return layer.train(linear.training)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The format's start for training from scratch; bias zero."""
+        """The start for training from scratch that the layer's ``init`` names; bias zero."""
+        if self.init not in ("default", "orthonormal"):
+            raise IsogridError(f"{self.format.name} layer: init is 'default' or 'orthonormal', got {self.init!r}")
         self.format.initialize(self.factors, self.out_features, self.in_features, generator)
+        if self.init == "orthonormal":
+            self.format.orthonormalize(self.factors, self.out_features, self.in_features)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -333,8 +342,10 @@ def convert(
 
     Args:
         layer: the layer; it is not changed.
-        to: the target format. Where its size is open (``LowRankLight()``), the smallest member within the tolerance is
-            found: low rank becomes Low-Rank Light of the same rank, BlockDense low rank of its rank, and so on.
+        to: the target format. Where an exact way is known (`Format.rewritten`: Monarch as a Block Tensor-Train), it is
+            taken, and nothing is fitted. Else, where the size is open (``LowRankLight()``, ``Permuted(Monarch(8))``),
+            the smallest member within the tolerance is found: low rank becomes Low-Rank Light of the same rank,
+            BlockDense low rank of its rank, and so on.
         tolerance: relative Frobenius error allowed in that search; None: 1e-12 for float64 layers, else 1e-6.
         options: of the target format's fit.
 
@@ -356,12 +367,18 @@ def convert(
         factors = member.fit(matrix, **options)
         return factors, float((matrix - member.dense(factors, *sizes)).norm() / norm)
 
-    if fmt.size_field is None or _fixed_size(fmt):
+    with torch.no_grad():
+        exact = layer.format.rewritten(fmt, wide, *sizes)
+    sizable = _sizable(fmt)
+    if exact is not None:
+        fmt, factors = exact
+        error = float((matrix - fmt.dense(factors, *sizes)).norm() / norm)
+    elif sizable is None or _fixed_size(sizable):
         factors, error = fit(fmt)
     else:
         allowed = tolerance if tolerance is not None else 1e-12 if like.dtype == torch.float64 else 1e-6
-        low, high = 1, max(fmt.size_limit(*sizes), 1)
-        fmt_high = fmt.with_size(high)
+        low, high = 1, max(sizable.size_limit(*sizes), 1)
+        fmt_high = _with_size(fmt, high)
         factors, error = fit(fmt_high)
         if error > allowed:
             raise IsogridError(
@@ -371,7 +388,7 @@ def convert(
         best = fmt_high
         while low < high:
             middle = (low + high) // 2
-            member = fmt.with_size(middle)
+            member = _with_size(fmt, middle)
             found, reached = fit(member)
             if reached <= allowed:
                 high, best, factors, error = middle, member, found, reached
@@ -382,6 +399,24 @@ def convert(
     stored = {name: value.to(like.device, specs[name].dtype or like.dtype) for name, value in factors.items()}
     bias = None if layer.bias is None else layer.bias.detach().clone()
     return StructuredLinear.from_factors(fmt, stored, *sizes, bias=bias).train(layer.training), error
+
+
+def _sizable(fmt: Format) -> Format | None:
+    """The format whose size a search moves: the format, or the one that it only wraps (Permuted, Capped); or None."""
+    if fmt.size_field is not None:
+        return fmt
+    inner = getattr(fmt, "inner", None)
+    return _sizable(inner) if isinstance(inner, Format) else None
+
+
+def _with_size(fmt: Format, size: int) -> Format:
+    """The member of another size, within what it is wrapped in."""
+    if fmt.size_field is not None:
+        return fmt.with_size(size)
+    inner = getattr(fmt, "inner", None)
+    assert isinstance(inner, Format)
+    changes: dict[str, Any] = {"inner": _with_size(inner, size)}
+    return dataclasses.replace(fmt, **changes)
 
 
 def _fixed_size(fmt: Format) -> bool:

@@ -23,6 +23,7 @@ from isogrid import (
     Budget,
     BudgetError,
     Capped,
+    Circulant,
     Dense,
     Format,
     IsogridError,
@@ -32,6 +33,7 @@ from isogrid import (
     Metric,
     Monarch,
     Permuted,
+    Product,
     Sum,
     TensorTrain,
     Unstructured,
@@ -69,6 +71,11 @@ VARIANTS: dict[str, tuple[Format, ...]] = {
         Monarch(blocks=3, rank=2),
         Monarch(blocks=5),  # slices of mixed rank, some of rank zero
         Monarch(blocks=4, rank=7),  # rank above a slice's side
+    ),
+    "product": (
+        Product((Monarch(blocks=3),)),
+        Product((Permuted(Monarch(blocks=2)), Sum((Dense(), Circulant()))), widths=(5,)),
+        Product((LowRank(rank=1), Circulant(), Capped(Dense()))),
     ),
     "permuted": (Permuted(LowRankLight(rank=1)), Permuted(Sum((LowRank(rank=1), Monarch(blocks=2))))),
     "sum": (
@@ -197,6 +204,17 @@ def random_factors(
         if spec.role == "index" and name.endswith("order"):
             factors[name].copy_(torch.randperm(spec.numel, generator=source))
     return factors
+
+
+def uncounted(fmt: Format, m: int, n: int) -> int:
+    """Multiply-adds that a counter of matrix products does not see: products with gains, and Fourier transforms."""
+    if isinstance(fmt, Circulant):
+        return fmt.cost(m, n).multiply_adds
+    if isinstance(fmt, Product):
+        return sum(uncounted(part, *shape) for part, shape in zip(fmt.parts, fmt.shapes(m, n), strict=True))
+    if isinstance(fmt, Sum):
+        return sum(uncounted(term, m, n) for term in fmt.terms)
+    return sum(spec.numel for spec in fmt.factors(m, n).values() if spec.role == "gain")
 
 
 def trainable(fmt: Format, m: int, n: int) -> list[str]:

@@ -49,6 +49,7 @@ from tests.formats.cases import (
     sized,
     suits,
     trainable,
+    uncounted,
     with_trait,
 )
 
@@ -131,12 +132,10 @@ def test_cost_is_what_is_counted(fmt: Format, m: int, n: int) -> None:
 
 @over(every_member())
 def test_multiply_adds_are_what_is_executed(fmt: Format, m: int, n: int) -> None:
-    # Products with gains are elementwise: the counter of matrix products doesn't see them.
-    gains = sum(spec.numel for spec in fmt.factors(m, n).values() if spec.role == "gain")
     factors = random_factors(fmt, m, n)
     with FlopCounterMode(display=False) as counter:
         fmt.multiply(factors, gaussian(4, n), m)
-    assert counter.get_total_flops() == 2 * 4 * (fmt.cost(m, n).multiply_adds - gains)
+    assert counter.get_total_flops() == 2 * 4 * (fmt.cost(m, n).multiply_adds - uncounted(fmt, m, n))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -548,6 +547,9 @@ def test_optimal_formats_reach_zero_at_full_size(name: str) -> None:
     for m, n in ((12, 12), (7, 5)):
         fmt = sized(prototypes(name)[0], m, n, 1000.0)
         assert fmt is not None
+        if fmt.cost(m, n).parameters < m * n:  # no member of the class holds every matrix: circulants
+            assert fmt.size_field is None
+            continue
         target = gaussian(m, n)
         for metric in metrics(n):
             assert (target - fmt.dense(fmt.fit(target, metric), m, n)).norm() <= 1e-8 * target.norm()

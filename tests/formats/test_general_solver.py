@@ -71,3 +71,13 @@ def test_a_format_that_is_not_linear_is_not_alternated():
     with pytest.raises(IsogridError, match="no solver 'alternating'"):
         plain(Curved(2), gaussian(4, 5), None, solver="alternating")
     assert plain(LowRank(4), gaussian(4, 5), Metric.from_rows(gaussian(9, 5)), solver="alternating") < 1e-6
+
+
+@pytest.mark.parametrize("fmt", [Monarch(4, rank=1), BlockTensorTrain(1), LowRank(4)], ids=str)
+def test_the_general_solver_never_ends_above_the_own_fit(fmt):
+    target, metric = gaussian(12, 16, seed=4), ill_conditioned(16, seed=4)
+    _, own = fmt.fit_and_report(target, metric)
+    _, general = fmt.fit_and_report(target, metric, solver="general")
+    assert general.objective <= own.objective * (1 + 1e-12)
+    if fmt.traits.optimal_under_metric:
+        assert general.objective == pytest.approx(own.objective, rel=1e-8)

@@ -287,44 +287,50 @@ def _shape(module: Any) -> tuple[int, int]:
 
 @app.command()
 def formats(
-    out_features: Annotated[int, typer.Option("--out-features")] = 768,
-    in_features: Annotated[int, typer.Option("--in-features")] = 768,
+    name: Annotated[
+        str | None, typer.Argument(help="Show one in detail: a name, or a label such as 'monarch(blocks=8)'.")
+    ] = None,
+    out_features: Annotated[int, typer.Option("--out-features", min=1)] = 768,
+    in_features: Annotated[int, typer.Option("--in-features", min=1)] = 768,
     keep: Annotated[float, typer.Option(help="Budget of the shown members.")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures of the blocks, NAME.png each.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List the formats: what each is, what its fit guarantees, and its largest member within a budget."""
-    import dataclasses
+    """List the formats, or show one: what it is, what its fit guarantees, its largest member within a budget."""
+    from isogrid.cli.formats import describe, detail_page, draw, try_small_anatomy
+    from isogrid.formats import as_format, registered
 
-    from isogrid.errors import BudgetError
-    from isogrid.formats import Budget, registered
-
-    listed: list[dict[str, Any]] = []
-    for name, cls in registered().items():
-        fmt = cls()
-        try:
-            fmt = fmt.sized(out_features, in_features, Budget.keep(keep, out_features, in_features))
-            kept: float | None = fmt.cost(out_features, in_features).parameters / (out_features * in_features)
-        except BudgetError:
-            kept = None
-        traits = [field.name for field in dataclasses.fields(cls.traits) if getattr(cls.traits, field.name)]
-        module = sys.modules[cls.__module__]
-        summary = (module.__doc__ or cls.__doc__ or "").strip().splitlines()[0]
-        listed.append({"name": name, "summary": summary, "member": fmt.label(), "kept": kept, "traits": traits})
+    shown = [as_format(name)] if name is not None else [cls() for cls in registered().values()]
+    listed = [describe(fmt, out_features, in_features, keep) for fmt in shown]
+    if name is not None:
+        listed[0]["anatomy"] = try_small_anatomy(shown[0], out_features, in_features, keep, 16)
+    if out is not None:
+        for fmt, entry in zip(shown, listed, strict=True):
+            small = try_small_anatomy(fmt, out_features, in_features, keep, 24)
+            entry["picture"] = None if small is None else str(draw(small, out))
     if as_json:
-        console.print_json(json.dumps(listed))
+        console.print_json(json.dumps(listed if name is None else listed[0]))
         return
+    if name is not None:
+        console.print(_plain(detail_page(listed[0], console.width)), highlight=False, soft_wrap=True)
+    elif out is None:
+        console.print(_format_table(listed, out_features, in_features, keep))
+    if out is not None:
+        for entry in listed:
+            drawn = "not drawn" if entry["picture"] is None else entry["picture"]
+            console.print(f"{entry['name']}: {drawn}", highlight=False, soft_wrap=True)
+
+
+def _format_table(listed: list[dict[str, Any]], out_features: int, in_features: int, keep: float) -> Table:
     table = Table(title=f"Formats; members within {keep:g} of {out_features} x {in_features}", title_justify="left")
     for heading in ("format", "what it is", "member", "kept"):
         table.add_column(heading, no_wrap=heading in ("format", "kept"), overflow="fold")
     for entry in listed:
         share = "-" if entry["kept"] is None else f"{entry['kept']:.3f}"
         table.add_row(
-            str(entry["name"]),
-            str(entry["summary"]).replace("``", ""),
-            _plain(entry["member"]),
-            share,
+            str(entry["name"]), _plain(str(entry["summary"]).replace("``", "")), _plain(entry["member"]), share
         )
-    console.print(table)
+    return table
 
 
 @app.command()
@@ -377,7 +383,9 @@ def report(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="image_compression, random_projection or sentence_encoder.")],
+    name: Annotated[
+        str, typer.Argument(help="image_compression, random_projection, sentence_encoder or solver_quality.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Default: results/study/NAME.")] = None,
     data: Data = None,
     seed: Seed = 0,

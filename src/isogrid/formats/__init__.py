@@ -1,5 +1,6 @@
 """What a matrix can be: one file per format."""
 
+from isogrid.formats.aliases import block_shuffle, rank_one_monarch
 from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, Traits, check_factors, new_factors
 from isogrid.formats.blast import Blast
 from isogrid.formats.block_dense import BlockDense
@@ -7,12 +8,14 @@ from isogrid.formats.block_diagonal import BlockDiagonal
 from isogrid.formats.block_tensor_chain import BlockTensorChain
 from isogrid.formats.block_tensor_train import BlockTensorTrain
 from isogrid.formats.capped import Capped
+from isogrid.formats.circulant import Circulant
 from isogrid.formats.dense import Dense
 from isogrid.formats.kronecker import Kronecker
 from isogrid.formats.low_rank import LowRank
 from isogrid.formats.low_rank_light import LowRankLight
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.permuted import Permuted
+from isogrid.formats.product import Product
 from isogrid.formats.sparse import Unstructured
 from isogrid.formats.spelling import as_format, format_class, format_from_dict, registered
 from isogrid.formats.sum import Sum
@@ -26,6 +29,7 @@ __all__ = [
     "BlockTensorTrain",
     "Budget",
     "Capped",
+    "Circulant",
     "Component",
     "Cost",
     "Dense",
@@ -37,14 +41,17 @@ __all__ = [
     "LowRankLight",
     "Monarch",
     "Permuted",
+    "Product",
     "Sum",
     "TensorTrain",
     "Traits",
     "Unstructured",
     "as_format",
+    "block_shuffle",
     "check_factors",
     "format_class",
     "format_from_dict",
     "new_factors",
+    "rank_one_monarch",
     "registered",
 ]

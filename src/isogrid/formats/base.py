@@ -21,6 +21,8 @@ Role = Literal["weight", "gain", "structure", "index", "code"]
 TRAINABLE: frozenset[str] = frozenset({"weight", "gain", "structure"})
 Factors = dict[str, Tensor]
 T = TypeVar("T")
+# A matrix of so few entries gets this many random starts in a fit by the general solver: it takes seconds.
+SMALL, SMALL_RESTARTS = 2048, 20
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ class Format(ABC):
         Args:
             target: ``(out, in)``, any floating dtype; the factors come back in it. Solved in float64.
             metric: metric of the ``in`` inputs; None is the identity.
-            solver: one of the format's solvers.
+            solver: one of the format's solvers; "general": the format's own fit, improved by the one solver that
+                serves every format (`solve` of the base class), which takes longer.
             start: factors to improve, for iterative solvers.
             generator: source of randomness; without one a fixed seed is used, so equal input gives equal output.
             on_step: called with (iteration, objective) by iterative solvers.
@@ -348,9 +351,25 @@ class Format(ABC):
                     name: value.detach().to(wide if specs[name].dtype is None else wide.device)
                     for name, value in start.items()
                 }
-            found = self.solve(
-                wide, on_device, solver=solver, start=begin, generator=generator, on_step=on_step, **options
-            )
+            if solver == "general":
+                # From the format's own fit, so that it is never worse than that one.
+                own = self.solve(
+                    wide, on_device, solver="default", start=begin, generator=generator, on_step=None, **options
+                )
+                found = Format.solve(
+                    self,
+                    wide,
+                    on_device,
+                    solver="default",
+                    start=own,
+                    generator=generator,
+                    on_step=on_step,
+                    restarts=SMALL_RESTARTS if wide.numel() <= SMALL else 0,
+                )
+            else:
+                found = self.solve(
+                    wide, on_device, solver=solver, start=begin, generator=generator, on_step=on_step, **options
+                )
         out = {
             name: found[name].to(target.device, spec.dtype or target.dtype).contiguous() for name, spec in specs.items()
         }
@@ -368,14 +387,16 @@ class Format(ABC):
         on_step: OnStep | None,
         steps: int = 200,
         rounds: int = 10,
-        restarts: int = 1,
+        restarts: int | None = None,
         **options: Any,
     ) -> Factors:
-        """The format's own fit, on a checked float64 target. Default: descent on the factors from a random start.
+        """The format's own fit of a checked float64 target. Default: the general solver, which only multiplies.
 
         Where the matrix is linear in each factor, ``rounds`` (10) of alternating least squares come first; then
-        ``steps`` (200, at most) of quasi-Newton descent on all factors. ``restarts`` (1) starts are tried, the best
-        kept. Solvers: default, or one half of it: "alternating" (needs linearity) or "descent".
+        ``steps`` (200, at most) of quasi-Newton descent on all factors. Besides ``start``, if there is one,
+        ``restarts`` random starts are tried: a tenth of the work on each, the whole on the best quarter, and the best
+        is kept; by default 1, none beside a start.
+        Solvers: default, or one half of it: "alternating" (needs linearity) or "descent".
 
         An override names its options as keyword parameters; `fit` refuses all others.
         """
@@ -383,36 +404,76 @@ class Format(ABC):
         require_solver(self, solver, ("default", "descent", "alternating") if linear else ("default", "descent"))
         out_features, in_features = target.shape
         specs = self.factors(out_features, in_features)
-        trainable = {name for name, spec in specs.items() if spec.trainable}
-        best: Factors = {}
-        best_error = math.inf
-        for _ in range(1 if start is not None else restarts):
-            begin = start
-            if begin is None:
-                begin = new_factors(self, out_features, in_features, dtype=torch.float64, device=target.device)
-                self.initialize(begin, out_features, in_features, generator)
-                _scale_to(self, begin, target)
-            found = begin
+        trainable = [name for name, spec in specs.items() if spec.trainable]
+        if restarts is None:
+            restarts = int(start is None)
 
-            def product(factors: Factors, x: Tensor) -> Tensor:
-                return self.multiply(factors, x, out_features)
+        def random_start() -> Factors:
+            begin = new_factors(self, out_features, in_features, dtype=torch.float64, device=target.device)
+            self.initialize(begin, out_features, in_features, generator)
+            _scale_to(self, begin, target)
+            return begin
 
+        def product(factors: Factors, x: Tensor) -> Tensor:
+            return self.multiply(factors, x, out_features)
+
+        def improved(found: Factors, share: int, tell: OnStep | None) -> tuple[float, Factors]:
             if linear and solver != "descent":
-                found = alternating_least_squares(
-                    product, found, [name for name in specs if name in trainable], target, metric, rounds=rounds
-                )
+                most = max(rounds // share, 1)
+                found = alternating_least_squares(product, found, trainable, target, metric, rounds=most)
             if solver != "alternating":
-                found = descend(product, found, trainable, target, metric, steps=steps, on_step=on_step)
-            error = squared_norm(target - self.dense(found, out_features, in_features), metric)
-            if error < best_error or not best:
-                best, best_error = found, error
-        return best
+                most = max(steps // share, 1)
+                found = descend(product, found, set(trainable), target, metric, steps=most, on_step=tell)
+            return squared_norm(target - self.dense(found, out_features, in_features), metric), found
+
+        starts = [] if start is None else [start]
+        starts += [random_start() for _ in range(max(restarts, 0 if starts else 1))]
+        if len(starts) > 1:
+            trials = sorted((improved(begin, 10, None) for begin in starts), key=lambda trial: trial[0])
+            starts = [found for _, found in trials[: -(-len(trials) // 4)]]
+        return min((improved(begin, 1, on_step) for begin in starts), key=lambda trial: trial[0])[1]
 
     def deploy(
         self, factors: Mapping[str, Tensor], out_features: int, in_features: int
     ) -> tuple[Format, dict[str, Tensor]]:
         """The inference form of the factors, with its format. Default: itself."""
         return self, dict(factors)
+
+    def rewritten(
+        self, to: Format, factors: Mapping[str, Tensor], out_features: int, in_features: int
+    ) -> tuple[Format, Factors] | None:
+        """This very matrix in the class of ``to``, without loss and without a fit: ``(format, factors)``.
+
+        Sizes that ``to`` leaves open are chosen here. The format may be ``to`` seen through permutations. Default:
+        None, no such way is known; `linear.convert` then fits.
+        """
+        return None
+
+    @torch.no_grad()
+    def orthonormalize(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+        """Replace every block of every weight factor by its polar factor, in place: all singular values become one.
+
+        A block ``U S Vᵀ`` becomes ``U Vᵀ``, the nearest matrix with orthonormal rows or columns. After `initialize`
+        that is the orthonormal start of structured layers (Wei et al. 2024, section 3 and its code). Gains, structure
+        and indices stay.
+
+        Raises:
+            IsogridError: a weight factor is no stack of matrices ``(…, fan_out, fan_in)`` or ``(…, fan_in, fan_out)``,
+                as the cores of a tensor train aren't; nothing is changed then.
+        """
+        stages = {stage.factor: stage for stage in self.components(out_features, in_features)}
+        specs = self.factors(out_features, in_features)
+        weights = [name for name, spec in specs.items() if spec.role == "weight" and spec.numel]
+        for name in weights:
+            sides = {} if name not in stages else {stages[name].fan_in, stages[name].fan_out}
+            if not sides or set(specs[name].shape[-2:]) != sides or len(specs[name].shape) < 2:
+                raise IsogridError(
+                    f"{self.label()}: factor {name!r} of shape {specs[name].shape} is no stack of blocks, so it has no "
+                    "orthonormal start; take the default start"
+                )
+        for name in weights:
+            u, _, vh = torch.linalg.svd(widened(factors[name]), full_matrices=False)
+            factors[name].copy_(u @ vh)
 
     def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
         """What an ``(out, in)`` matrix costs when floating factors are stored in ``dtype``.

@@ -12,7 +12,8 @@ from torch import Tensor
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, fit_slices, project_slices, rank_bound
 from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_solver
-from isogrid.formats.sizes import pad_features, pad_matrix
+from isogrid.formats.block_tensor_train import BlockTensorTrain
+from isogrid.formats.sizes import pad_features, pad_matrix, stride_order
 from isogrid.kernels import two_stage
 
 
@@ -85,6 +86,45 @@ class Monarch(Format):
         first = (group.unsqueeze(1) - group * hidden) % self.blocks  # first hidden unit of (row group, column group)
         return ((hidden - first + self.blocks - 1) // self.blocks).clamp(min=0)
 
+    def _directions(self, hidden: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """``(blocks · hidden,)`` each: row group, column group, and number within their slice, of every hidden unit."""
+        unit = torch.arange(self.blocks * hidden, device=device)
+        a, c = unit % self.blocks, unit // hidden
+        return a, c, (unit % hidden - (a - c * hidden) % self.blocks) // self.blocks
+
+    def rewritten(
+        self, to: Format, factors: Mapping[str, Tensor], out_features: int, in_features: int
+    ) -> tuple[Format, Factors] | None:
+        """A Block Tensor-Train over the same slices, where ``blocks`` divides both sizes.
+
+        Its rows are contiguous where ours are strided, so it comes as `Permuted`; its rank is that of the largest
+        slice, or a larger one that ``to`` asks for. The numbers are moved, none is computed: the others are zero.
+        """
+        from isogrid.formats.permuted import Permuted  # it imports this module for its default
+
+        train = to.inner if isinstance(to, Permuted) else to
+        b = self.blocks
+        if not isinstance(train, BlockTensorTrain) or out_features % b or in_features % b:
+            return None
+        needed = int(self.slice_ranks(out_features, in_features).max())
+        asked = train.rank if train.rank != BlockTensorTrain.rank else needed
+        if train != BlockTensorTrain(train.rank) or asked < needed:
+            return None
+        out_block, hidden, in_block = self._sizes(out_features, in_features)
+        right, left = factors["right"], factors["left"]
+        a, c, j = self._directions(hidden, right.device)
+        first = right.new_zeros(b, b, asked, in_block)  # (column group, row group, direction, input)
+        first[c, a, j] = right.reshape(b * hidden, in_block)
+        last = left.new_zeros(b, b, asked, out_block)  # (row group, column group, direction, output)
+        last[a, c, j] = left.permute(2, 0, 1).reshape(b * hidden, out_block)
+        grid = BlockTensorTrain(asked, out_factors=(b, out_block), in_factors=(b, in_block))
+        return Permuted(grid), {
+            "input_order": torch.arange(in_features, dtype=torch.int32, device=right.device),
+            "output_order": stride_order(out_features, out_block).to(right.device, torch.int32),
+            "inner_right": first.permute(0, 3, 1, 2).reshape(b, in_block, b * asked),
+            "inner_left": last.reshape(b, b * asked, out_block),
+        }
+
     def lower_bound(self, target: Tensor, metric: Metric | None) -> float | None:
         """A row group has at most its slices' ranks together; without a metric each slice counts alone."""
         out_block, _, in_block = self._sizes(*target.shape)
@@ -123,10 +163,7 @@ class Monarch(Format):
             left, right = fit_slices(
                 slices, ranks, metric.padded(b * in_block), sweeps=sweeps, tolerance=tolerance, on_step=on_step
             )
-        # Hidden unit e sits in column group e // hidden and row group e mod blocks; there it is direction j.
-        unit = torch.arange(b * hidden, device=target.device)
-        a, c = unit % b, unit // hidden
-        j = (unit % hidden - (a - c * hidden) % b) // b
+        a, c, j = self._directions(hidden, target.device)
         return {
             "right": right[a, c, j].view(b, hidden, in_block),
             "left": left[a, c, :, j].view(hidden, b, out_block).permute(1, 2, 0),

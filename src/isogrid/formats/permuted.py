@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -98,6 +98,10 @@ class Permuted(Format):
             self.inner.sized(out_features, in_features, self._inner_budget(out_features, in_features, budget))
         )
 
+    def orthonormalize(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+        """As the inner format does it."""
+        self.inner.orthonormalize(unprefixed("inner_", factors), out_features, in_features)
+
     def _inner_budget(self, out_features: int, in_features: int, budget: Budget) -> Budget:
         orders = 0 if budget.bytes is None else self.cost_of_order(out_features, in_features)
         return budget.with_limit(budget.limit - orders)
@@ -123,31 +127,41 @@ class Permuted(Format):
         generator: torch.Generator,
         on_step: OnStep | None,
         trials: int = 0,
+        orders: Sequence[tuple[Tensor, Tensor]] = (),
         **options: Any,
     ) -> Factors:
-        """The inner fit from the start in its order; or in the natural order and ``trials`` random ones: the best."""
+        """The best of inner fits in several orders.
+
+        Its own order is tried, the start's or without one the natural order, then ``orders``, pairs
+        ``(output_order (out,), input_order (in,))``, then, without a start, ``trials`` random ones (0).
+        """
         require_solver(self, solver, ("default",))
         out_features, in_features = target.shape
-        natural = (torch.arange(out_features), torch.arange(in_features))
+        for pair in orders:
+            for order, size in zip(pair, target.shape, strict=True):
+                if not torch.equal(order.sort().values.cpu().long(), torch.arange(size)):
+                    raise IsogridError(f"permuted: an order of {size} features holds each of 0 … {size - 1} once")
+        begin = None if start is None else unprefixed("inner_", start)
         if start is not None:
-            orders = [(start["output_order"].long(), start["input_order"].long())]
+            tried = [(start["output_order"].long(), start["input_order"].long()), *orders]
         else:
-            orders = [natural] + [
+            tried = [(torch.arange(out_features), torch.arange(in_features)), *orders]
+            tried += [
                 (
                     torch.randperm(out_features, generator=generator, device=generator.device),
                     torch.randperm(in_features, generator=generator, device=generator.device),
                 )
                 for _ in range(trials)
             ]
-        begin = None if start is None else unprefixed("inner_", start)
         best: Factors = {}
         best_error = float("inf")
-        for trial, (rows, columns) in enumerate(orders):
-            rows, columns = rows.to(target.device), columns.to(target.device)
+        for trial, (rows, columns) in enumerate(tried):
+            rows, columns = rows.to(target.device).long(), columns.to(target.device).long()
             # target = inner[rows][:, argsort(columns)]  <=>  inner = target[argsort(rows)][:, columns]
             wish = target[rows.argsort()][:, columns]
             inner_metric = None if metric is None else metric.permuted(columns)
-            inner = self.inner.fit(wish, inner_metric, start=begin, generator=generator, **options)
+            own = begin if trial == 0 else None  # the start's factors mean nothing in another order
+            inner = self.inner.fit(wish, inner_metric, start=own, generator=generator, **options)
             error = squared_norm(wish - self.inner.dense(inner, out_features, in_features), inner_metric)
             if on_step is not None:
                 on_step(trial, error)

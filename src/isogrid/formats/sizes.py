@@ -55,6 +55,20 @@ def nearest_pair(n: int) -> tuple[int, int]:
     return n // small, small
 
 
+def stride_order(n: int, blocks: int) -> Tensor:
+    """``(n,)`` int64: every ``blocks``-th index from 0 on, then from 1 on, …: deals n things out to blocks in turn.
+
+    Place ``c · (n / blocks) + i`` holds ``i · blocks + c``. As the input order of a `Permuted` Monarch it is what the
+    Fourier transform needs (Dao et al. 2022, the permutation of Cooley and Tukey).
+
+    Raises:
+        IsogridError: ``blocks`` does not divide n.
+    """
+    if blocks < 1 or n % blocks:
+        raise IsogridError(f"{n} things can't be dealt out to {blocks} equal blocks; take a divisor of {n}")
+    return torch.arange(n).view(n // blocks, blocks).T.reshape(-1)
+
+
 def nearest_sides(n: int, parts: int) -> list[int]:
     """``parts`` near-equal divisors with product n, descending."""
     sides: list[int] = []

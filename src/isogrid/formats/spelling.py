@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isogrid.errors import IsogridError
+from isogrid.formats.aliases import ALIASES, from_alias
 from isogrid.formats.base import REGISTRY, Format
 
 
@@ -25,22 +26,24 @@ def format_class(name: str) -> type[Format]:
     """
     if name in REGISTRY:
         return REGISTRY[name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), REGISTRY, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), [*REGISTRY, *ALIASES], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(REGISTRY)}"
     raise IsogridError(f"unknown format {name!r}; {hint}")
 
 
 def format_from_dict(description: Mapping[str, Any]) -> Format:
-    """The format that `Format.to_dict` described.
+    """The format that `Format.to_dict` described, or that an alias names (`aliases.ALIASES`).
 
     Raises:
         IsogridError: unknown name or hyper-parameter.
     """
     if not isinstance(description, Mapping) or not isinstance(description.get("name"), str):
         raise IsogridError(f"a format is described by a JSON object with a name, got {description!r}")
+    given = {key: _from_json(value) for key, value in description.items() if key != "name"}
+    if description["name"] in ALIASES:
+        return from_alias(description["name"], given)
     cls = format_class(description["name"])
     known = {f.name for f in dataclasses.fields(cls)}
-    given = {key: _from_json(value) for key, value in description.items() if key != "name"}
     unknown = sorted(given.keys() - known)
     if unknown:
         raise IsogridError(
@@ -56,7 +59,8 @@ def as_format(value: Format | str | Mapping[str, Any]) -> Format:
     """A format from itself, from its description, or from its name or label.
 
     Labels nest as Python calls do: ``"monarch"``, ``"monarch(blocks=8)"``, ``"capped(inner=low_rank(rank=4))"``,
-    ``"block_tensor_train(out_factors=[4, 7])"``. They are read, never run.
+    ``"block_tensor_train(out_factors=[4, 7])"``. They are read, never run. Names of the literature are read too:
+    ``"block_shuffle(blocks=4)"`` is ``Monarch(4)``.
 
     Raises:
         IsogridError: not a format; the message says what is wrong.
@@ -97,7 +101,7 @@ def _spelled(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.List | ast.Tuple):
         return [_spelled(item, text) for item in node.elts]
     if isinstance(node, ast.Name):
-        if node.id in REGISTRY:
+        if node.id in REGISTRY or node.id in ALIASES:
             return {"name": node.id}
         return {"true": True, "false": False, "null": None}.get(node.id, node.id)
     try:

@@ -4,10 +4,12 @@ The shape of the dict stands in `isogrid.report.tables`. Figures and the page ne
 matplotlib and jinja2 are imported by the first function that draws with them.
 """
 
-from isogrid.report.figures import error_per_layer, picture_sheet, quality_against_size, save_figure
+from isogrid.report.blocks import block_text
+from isogrid.report.figures import error_per_layer, quality_against_size, save_figure
 from isogrid.report.files import read_json, replace_file, write_json
 from isogrid.report.machine import describe_machine, today
 from isogrid.report.page import write_page, write_report
+from isogrid.report.pictures import block_picture, picture_sheet
 from isogrid.report.progress import progress
 from isogrid.report.tables import (
     best_rows,
@@ -26,6 +28,8 @@ from isogrid.report.tables import (
 
 __all__ = [
     "best_rows",
+    "block_picture",
+    "block_text",
     "console_table",
     "describe_machine",
     "error_per_layer",

@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from isogrid.errors import IsogridError
 from isogrid.report.files import replace_file
 from isogrid.report.tables import (
@@ -98,7 +95,7 @@ def quality_against_size(data: Data, *, against: Literal["keep", "size"] = "keep
     def on_scale(row: Row) -> bool:
         return not _off_scale(row["quality"], dense.get("quality"), lower)
 
-    figure = _figure((4.2, 4.6) if narrow else (7.6, 4.8))
+    figure = empty_figure((4.2, 4.6) if narrow else (7.6, 4.8))
     axes = figure.add_subplot()
     _dress(axes)
 
@@ -158,9 +155,9 @@ def error_per_layer(data: Data, *, keep: float | None = None, narrow: bool = Fal
 
     across = min(2 if narrow else 4, max(1, len(kinds)))
     down = max(1, math.ceil(len(kinds) / across))
-    figure = _figure((4.2, 1.0 + 1.75 * down) if narrow else (7.6, 1.2 + 1.8 * down))
+    figure = empty_figure((4.2, 1.0 + 1.75 * down) if narrow else (7.6, 1.2 + 1.8 * down))
     grid = figure.subplots(down, across, sharey=True, squeeze=False)
-    from matplotlib.ticker import MaxNLocator  # after _figure, which says what to do when matplotlib is missing
+    from matplotlib.ticker import MaxNLocator  # after empty_figure, which says what to do when matplotlib is missing
 
     panels: list[Axes] = [axes for line in grid for axes in line]
     title = "" if keep is None else f"keep {format_keep(keep)} of the selected parameters"
@@ -189,27 +186,6 @@ def error_per_layer(data: Data, *, keep: float | None = None, narrow: bool = Fal
         axes.set_axis_off()
     figure.supylabel("relative output error", fontsize=9, color=INK)
     _legend(figure, panels[0], columns=1 if narrow else 3)
-    return figure
-
-
-def picture_sheet(pictures: Sequence[tuple[str, ArrayLike]], *, columns: int = 4) -> Figure:
-    """A contact sheet: pictures of one size, each under its title.
-
-    Args:
-        pictures: (title, array (height, width, 3) of red, green and blue in [0, 1]).
-        columns: pictures in a row.
-
-    Raises:
-        IsogridError: matplotlib is missing.
-    """
-    lines = -(-len(pictures) // columns)
-    tall, wide, _ = np.shape(pictures[0][1])
-    figure = _figure((3.0 * columns, (3.0 * tall / wide + 0.35) * lines))
-    for place, (title, pixels) in enumerate(pictures):
-        axes = figure.add_subplot(lines, columns, place + 1)
-        axes.imshow(np.asarray(pixels), interpolation="lanczos")
-        axes.set_title(title, fontsize=8, color=INK)
-        axes.set_axis_off()
     return figure
 
 
@@ -262,6 +238,22 @@ def layer_kinds(names: Iterable[str]) -> dict[str, dict[str, int]]:
             name: int(numbers[index][0]) if single else index for index, name in enumerate(members)
         }
     return kinds
+
+
+def empty_figure(size: tuple[float, float]) -> Figure:
+    """An empty white figure with a canvas of its own.
+
+    Raises:
+        IsogridError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise IsogridError(f'figures need matplotlib ({error}); pip install "isogrid[demo]"') from error
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,22 +320,6 @@ def _error(layer: Layer) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing
-
-
-def _figure(size: tuple[float, float]) -> Figure:
-    """An empty white figure with a canvas of its own.
-
-    Raises:
-        IsogridError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise IsogridError(f'figures need matplotlib ({error}); pip install "isogrid[demo]"') from error
-    figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _darker(color: str) -> str:
@@ -470,7 +446,7 @@ def _label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> Non
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
-    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]  # _figure's canvas is an Agg canvas
+    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]  # empty_figure's canvas is an Agg canvas
     half = 4.5 * axes.figure.dpi / 72  # half a marker, in pixels
     centres = [axes.transData.transform((x, y)) for x, y, _ in points]
     taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in centres]

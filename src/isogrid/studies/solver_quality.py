@@ -1,0 +1,181 @@
+"""How good the solvers are: small problems on which many restarts of a descent come near the global minimum."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isogrid.fitting import Metric, squared_norm
+from isogrid.formats import (
+    Blast,
+    BlockDense,
+    BlockTensorChain,
+    BlockTensorTrain,
+    Format,
+    Kronecker,
+    LowRank,
+    Monarch,
+    TensorTrain,
+)
+from isogrid.report import describe_machine, progress, read_json, replace_file, today, write_json
+from isogrid.studies.rows import Say, remembered
+
+OUT, IN = 12, 16
+RESTARTS = 20
+WITHIN = 1.01
+MEMBERS: tuple[Format, ...] = (
+    LowRank(4),
+    Monarch(4, rank=1),
+    BlockTensorTrain(1),
+    Blast(3, 4),
+    Kronecker(2),
+    TensorTrain(2, cores=3),
+    BlockTensorChain(1, cores=3),
+    BlockDense(1, 4),
+)
+
+
+def problem(seed: int) -> tuple[torch.Tensor, Metric]:
+    """A Gaussian target ``(12, 16)`` and a metric with random axes and variances i⁻²."""
+    source = torch.Generator().manual_seed(seed)
+    target = torch.randn(OUT, IN, generator=source, dtype=torch.float64)
+    axes = torch.linalg.qr(torch.randn(IN, IN, generator=source, dtype=torch.float64)).Q
+    return target, Metric((axes * torch.arange(1, IN + 1, dtype=torch.float64) ** -2) @ axes.mT)
+
+
+def measure(fmt: Format, seed: int) -> dict[str, Any]:
+    """Objectives of the format's own fit, of the general solver, and of the best of 20 descents from random starts."""
+    target, metric = problem(seed)
+    told: list[tuple[int, float]] = []
+    begun = time.perf_counter()
+    _, own = fmt.fit_and_report(target, metric)
+    _, general = fmt.fit_and_report(target, metric, solver="general", on_step=lambda *step: told.append(step))
+    seconds = time.perf_counter() - begun
+    reached = []
+    for restart in range(RESTARTS):
+        factors = Format.solve(
+            fmt,
+            target,
+            metric,
+            solver="descent",
+            start=None,
+            generator=torch.Generator().manual_seed(1000 * seed + restart),
+            on_step=None,
+        )
+        reached.append(squared_norm(target - fmt.dense(factors, OUT, IN), metric))
+    bound = fmt.lower_bound(target, metric)
+    return {
+        "own": own.objective,
+        "general": general.objective,
+        "best": min(reached),
+        "median": sorted(reached)[RESTARTS // 2],
+        "bound": bound,
+        # Step 0 begins the next start.
+        "rises": sum(after > before * (1 + 1e-12) for (_, before), (step, after) in itertools.pairwise(told) if step),
+        "seconds": seconds,
+    }
+
+
+def run_solver_quality(
+    out: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    command: str = "isogrid study solver_quality",
+    say: Say = print,
+) -> dict[str, Any]:
+    """Fifty small problems under a metric for each multilinear format: own fit and general solver beside restarts.
+
+    Args:
+        out: folder for ``table.md`` and ``data.json``. Problems are kept in ``runs/study/solver_quality`` and not
+            solved again.
+        quick: three problems a format.
+        seed: added to the problems' seeds.
+        data_dir: not used; problems are drawn.
+        command: the command line, for the page.
+        say: told what happens.
+
+    Returns:
+        The table: for each format the ratios to the best of 20 restarts.
+    """
+    problems = 3 if quick else 50
+    say(f"{len(MEMBERS)} formats, {problems} problems each; about {'3' if quick else '50'} minutes on two cores")
+    runs = Path("runs/study/solver_quality")
+    settings = {"out": OUT, "in": IN, "restarts": RESTARTS}
+    rows: list[dict[str, Any]] = []
+    with progress("Solving", len(MEMBERS) * problems) as step:
+        for fmt in MEMBERS:
+            found = []
+            for number in range(seed, seed + problems):
+                key = f"{fmt.name}-{number}"
+                found.append(remembered(runs, key, settings | {"format": fmt.label()}, partial(measure, fmt, number)))
+                step(key)
+            general = sorted(one["general"] / one["best"] for one in found)
+            own = sorted(one["own"] / one["best"] for one in found)
+            rows.append(
+                {
+                    "format": fmt.label(),
+                    "problems": problems,
+                    "own_median": own[problems // 2],
+                    "own_worst": own[-1],
+                    "general_median": general[problems // 2],
+                    "general_worst": general[-1],
+                    "within": sum(ratio <= WITHIN for ratio in general),
+                    "better": sum(ratio < 1 - 1e-6 for ratio in general),
+                    "one_restart": sorted(one["median"] / one["best"] for one in found)[problems // 2],
+                    "rises": sum(one["rises"] for one in found),
+                    "seconds": sum(one["seconds"] for one in found) / problems,
+                }
+            )
+            row = rows[-1]
+            say(f"{row['format']}: {row['within']} of {problems} within 1 %, worst {row['general_worst']:.4f}")
+    from isogrid import __version__
+
+    result = {
+        "title": f"Solvers on {problems} small problems a format, {OUT} x {IN}, metric with variances 1/i²",
+        "command": command,
+        "created": today(),
+        "machine": describe_machine(__version__),
+        "rows": rows,
+    }
+    write_json(result, out / "data.json")
+    replace_file(out / "table.md", _markdown(result).encode())
+    replace_file(out / "command.txt", f"{command}\n".encode())
+    return read_json(out / "data.json")
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    lines = [
+        f"# {result['title']}",
+        "",
+        "| Format | General within 1 % | better | median | worst | Own median | worst | One restart | Rises |",
+        "| - | -: | -: | -: | -: | -: | -: | -: | -: |",
+    ]
+    lines += [
+        f"| `{row['format']}` | {row['within']} of {row['problems']} | {row['better']} | {row['general_median']:.4f} "
+        f"| {row['general_worst']:.4f} | {row['own_median']:.4f} | {row['own_worst']:.4f} | {row['one_restart']:.4f} "
+        f"| {row['rises']} |"
+        for row in result["rows"]
+    ]
+    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Objectives divided by the best of {RESTARTS} quasi-Newton descents from random starts. General: "
+            '`fit(..., solver="general")`; better: problems on which it ends below all restarts; rises: steps after '
+            "which the objective was larger. Own: the format's default, made for speed at the size of layers. One "
+            "restart: the median descent.",
+            "",
+            f"- {machine}, {result['created']}",
+            "",
+            f"    {result['command']}",
+            "",
+        ]
+    )
