@@ -40,6 +40,9 @@ def main() -> None:
     except IsogridError as error:
         notes.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
         sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk: the system's words are clear
+        notes.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
+        sys.exit(2)
     except KeyboardInterrupt:
         notes.print("interrupted; nothing was written")
         sys.exit(130)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from isogrid.fitting.low_rank import leading_left
+from isogrid.fitting.low_rank import leading_left, truncated_svd
 from isogrid.fitting.metric import Metric, cholesky
 from isogrid.fitting.report import OnStep
 
@@ -24,9 +24,8 @@ def project_slices(blocks: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     Returns ``left (A, C, s, b)`` and ``right (A, C, b, p)``, balanced, with ``b = ranks.max()``; columns and rows
     beyond a slice's own rank are zero.
     """
-    u, sigma, vh = torch.linalg.svd(blocks, full_matrices=False)
-    width = min(int(ranks.max()), sigma.shape[-1])
-    return _balanced(u[..., :width], sigma[..., :width], vh[..., :width, :], ranks)
+    width = min(int(ranks.max()), *blocks.shape[-2:])
+    return _balanced(*truncated_svd(blocks, width), ranks)
 
 
 def fit_slices(

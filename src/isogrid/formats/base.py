@@ -394,7 +394,7 @@ class Format(ABC):
 
         Where the matrix is linear in each factor, ``rounds`` (10) of alternating least squares come first; then
         ``steps`` (200, at most) of quasi-Newton descent on all factors. Besides ``start``, if there is one,
-        ``restarts`` random starts are tried: a tenth of the work on each, the whole on the best quarter, and the best
+        ``restarts`` random starts are tried: a tenth of the work on each, all of it on the best quarter, and the best
         is kept; by default 1, none beside a start.
         Solvers: default, or one half of it: "alternating" (needs linearity) or "descent".
 
@@ -419,10 +419,10 @@ class Format(ABC):
 
         def improved(found: Factors, share: int, tell: OnStep | None) -> tuple[float, Factors]:
             if linear and solver != "descent":
-                most = max(rounds // share, 1)
+                most = min(rounds, max(rounds // share, 2))
                 found = alternating_least_squares(product, found, trainable, target, metric, rounds=most)
             if solver != "alternating":
-                most = max(steps // share, 1)
+                most = min(steps, max(steps // share, 20))
                 found = descend(product, found, set(trainable), target, metric, steps=most, on_step=tell)
             return squared_norm(target - self.dense(found, out_features, in_features), metric), found
 

@@ -52,7 +52,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "tensor_train": ("#117733", "*"),
     "unstructured": ("#888888", "8"),
 }
-# A format that stands in no list gets one of these by its name, the same one in every figure of every session.
+# A format that stands in no list gets one of these by its name, the same one in every figure.
 OTHER_COLORS = ("#882255", "#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100")
 OTHER_MARKERS = ("h", "<", ">", "p", "d", "*", "8")
 

@@ -23,8 +23,8 @@ from isogrid.studies.rows import Say, remembered
 
 KEEPS = (0.05, 0.1, 0.2)
 SHEET_KEEP = 0.1
-# What wraps other formats, or is no compression, has no picture of its own.
-WRAPPERS = ("dense", "sum", "permuted", "capped")
+# What wraps other formats, or has no size to choose, has no picture of its own.
+WRAPPERS = ("dense", "sum", "permuted", "capped", "product", "circulant")
 PROTOTYPES: dict[str, Format] = {
     "blast": Blast(blocks=8),
     "monarch": Monarch(blocks=16),
