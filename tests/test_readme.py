@@ -28,4 +28,4 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
 
 def test_documents_name_no_local_paths():
     for path in (README, README.parent / "CONTRIBUTING.md", README.parent / "CHANGELOG.md"):
-        assert not re.search(r"(/home/|/root/|/tmp/|/work/)", path.read_text()), path
+        assert not re.search(r"/(home|root|tmp|work)/", path.read_text()), path

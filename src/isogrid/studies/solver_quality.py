@@ -169,7 +169,7 @@ def _markdown(result: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"Objectives divided by the best of {RESTARTS} quasi-Newton descents from random starts (five polished). General: "
+            f"Objectives divided by the best of {RESTARTS} quasi-Newton descents, five of them polished. General: "
             '`fit(..., solver="general")`; better: problems on which it ends below all restarts; rises: steps after '
             "which the objective was larger. Own: the format's default, made for speed at the size of layers. Fifth "
             "restart: the worst of the five that were polished.",
