@@ -108,6 +108,22 @@ def test_what_is_chosen_by_hand_is_fitted(fmt, to):
     assert converted.format == to
 
 
+def test_a_product_left_open_holds_a_circulant_exactly():
+    layer = StructuredLinear(16, 16, "circulant", dtype=torch.float64)
+    converted, error = convert(layer, "product")
+    assert error <= 1e-12
+    assert converted.format == Product((Permuted(Monarch(4, rank=2)), Permuted(Monarch(4, rank=2))), (32,))
+
+
+def test_options_are_those_of_a_fit_even_where_none_is_needed():
+    layer = StructuredLinear(36, 24, Monarch(4, rank=2), dtype=torch.float64)
+    with pytest.raises(IsogridError, match="no option 'colour'"):
+        convert(layer, BlockTensorTrain(), colour=3)
+    fitted, error = convert(layer, BlockTensorTrain(2), sweeps=1)
+    assert fitted.format == BlockTensorTrain(2)
+    assert error > 0.1
+
+
 def test_only_square_circulants_are_rewritten_as_products():
     fmt = Product((Permuted(Monarch(2)), Permuted(Monarch(2))))
     assert Circulant().rewritten(fmt, {"kernel": torch.ones(8)}, 8, 6) is None

@@ -342,12 +342,12 @@ def convert(
 
     Args:
         layer: the layer; it is not changed.
-        to: the target format. Where an exact way is known (`Format.rewritten`: Monarch as a Block Tensor-Train), it is
-            taken, and nothing is fitted. Else, where the size is open (``LowRankLight()``, ``Permuted(Monarch(8))``),
-            the smallest member within the tolerance is found: low rank becomes Low-Rank Light of the same rank,
-            BlockDense low rank of its rank, and so on.
+        to: the target format. Where an exact way is known (`Format.rewritten`: Monarch as a Block Tensor-Train, a
+            square circulant as a product of permuted Monarchs), it is taken, and nothing is fitted. Else, where the
+            size is open (``LowRankLight()``, ``Permuted(Monarch(8))``), the smallest member within the tolerance is
+            found: low rank becomes Low-Rank Light of the same rank, BlockDense low rank of its rank, and so on.
         tolerance: relative Frobenius error allowed in that search; None: 1e-12 for float64 layers, else 1e-6.
-        options: of the target format's fit.
+        options: of the target format's fit; with any, the matrix is fitted also where an exact way is known.
 
     Returns:
         (layer in the layer's dtype and on its device, error measured in float64 before rounding to that dtype).
@@ -368,7 +368,7 @@ def convert(
         return factors, float((matrix - member.dense(factors, *sizes)).norm() / norm)
 
     with torch.no_grad():
-        exact = layer.format.rewritten(fmt, wide, *sizes)
+        exact = None if options else layer.format.rewritten(fmt, wide, *sizes)
     sizable = _sizable(fmt)
     if exact is not None:
         fmt, factors = exact

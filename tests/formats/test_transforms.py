@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from isogrid import (
+    Blast,
+    BlockTensorChain,
     Budget,
     BudgetError,
     Capped,
@@ -274,7 +276,17 @@ def test_orthonormal_circulants_are_orthogonal(fmt: Format) -> None:
     assert (matrix @ matrix.mT - torch.eye(12)).norm() <= 1e-13
 
 
+@pytest.mark.parametrize("rank", [3, 4], ids=str)  # at 4 the axes of the coupling are all alike
+def test_orthonormal_blast_couples_by_orthogonal_matrices(rank: int) -> None:
+    layer = StructuredLinear(16, 16, Blast(rank, blocks=4), init="orthonormal", generator=generator())
+    factors = {name: value.detach().double() for name, value in layer.factors.items()}
+    for stack in (factors["right"], factors["left"], factors["coupling"].permute(2, 0, 1)):
+        assert (torch.linalg.svdvals(stack) - 1).abs().max() <= 1e-6
+
+
 def test_what_has_no_orthonormal_start_says_so() -> None:
+    with pytest.raises(IsogridError, match=r"core0.*no orthonormal start"):
+        StructuredLinear(25, 5, BlockTensorChain(rank=1, cores=2), init="orthonormal")
     with pytest.raises(IsogridError, match=r"core0.*no orthonormal start"):
         StructuredLinear(24, 24, TensorTrain(rank=3, cores=3), init="orthonormal")
     with pytest.raises(IsogridError, match="init is 'default' or 'orthonormal', got 'odd'"):

@@ -458,22 +458,22 @@ class Format(ABC):
         and indices stay.
 
         Raises:
-            IsogridError: a weight factor is no stack of matrices ``(…, fan_out, fan_in)`` or ``(…, fan_in, fan_out)``,
-                as the cores of a tensor train aren't; nothing is changed then.
+            IsogridError: a weight factor is no matrix or stack of matrices, ``(blocks, fan_out, fan_in)`` or
+                ``(blocks, fan_in, fan_out)``, as the cores of a tensor train aren't; nothing is changed then.
         """
         stages = {stage.factor: stage for stage in self.components(out_features, in_features)}
         specs = self.factors(out_features, in_features)
         weights = [name for name, spec in specs.items() if spec.role == "weight" and spec.numel]
         for name in weights:
             sides = {} if name not in stages else {stages[name].fan_in, stages[name].fan_out}
-            if not sides or set(specs[name].shape[-2:]) != sides or len(specs[name].shape) < 2:
+            # More axes may end in sides of the right lengths that are not those of the block.
+            if set(specs[name].shape[-2:]) != sides or len(specs[name].shape) not in (2, 3):
                 raise IsogridError(
                     f"{self.label()}: factor {name!r} of shape {specs[name].shape} is no stack of blocks, so it has no "
                     "orthonormal start; take the default start"
                 )
         for name in weights:
-            u, _, vh = torch.linalg.svd(widened(factors[name]), full_matrices=False)
-            factors[name].copy_(u @ vh)
+            orthonormalize_(factors[name])
 
     def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
         """What an ``(out, in)`` matrix costs when floating factors are stored in ``dtype``.
@@ -635,6 +635,12 @@ def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> Non
     value.copy_(drawn * std)
 
 
+def orthonormalize_(blocks: Tensor) -> None:
+    """Each matrix of a stack ``(…, rows, columns)`` becomes its polar factor, in place; solved in float64."""
+    u, _, vh = torch.linalg.svd(widened(blocks), full_matrices=False)
+    blocks.copy_(u @ vh)
+
+
 def _solver_options(fmt: Format) -> set[str]:
     """Names of the options that a format's `solve` takes, and those of a format within it."""
     given = {"target", "metric", "solver", "start", "generator", "on_step"}
@@ -688,6 +694,7 @@ __all__ = [
     "check_factors",
     "new_factors",
     "normal_",
+    "orthonormalize_",
     "prefixed",
     "require_rank",
     "require_solver",

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, descend, low_rank, project_slices, rank_bound, shared_bases, squared_norm
-from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.base import (
+    Component,
+    Factor,
+    Factors,
+    Format,
+    Traits,
+    orthonormalize_,
+    require_rank,
+    require_solver,
+)
 from isogrid.formats.sizes import pad_features, pad_matrix
 
 
@@ -74,6 +83,12 @@ class Blast(Format):
             Component("coupling", self.blocks, self.blocks, hidden),
             Component("left", rank, out_block, self.blocks * out_block),
         ]
+
+    @torch.no_grad()
+    def orthonormalize(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
+        """The blocks of ``right`` and ``left``; of ``coupling`` each direction's ``(blocks, blocks)`` matrix."""
+        for stack in (factors["right"], factors["coupling"].permute(2, 0, 1), factors["left"]):
+            orthonormalize_(stack)
 
     def size_limit(self, out_features: int, in_features: int) -> int:
         """Block-low-rank with blocks of full rank is a member there: every matrix is."""

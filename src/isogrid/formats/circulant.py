@@ -116,14 +116,15 @@ class Circulant(Format):
 
         In real arithmetic: the first part maps n inputs to the n real and n imaginary parts of their transform, the
         second multiplies by the kernel's spectrum and transforms back (Dao et al. 2022, Prop. 2).
-        ``to`` is a Product of two Permuted Monarchs without ranks, of width 2n or none. Blocks other than Monarch's
-        default are kept; else they are the divisor of n that takes the fewest parameters, the root of a square n.
+        ``to`` is a Product with its parts left at their default, or of two Permuted Monarchs without ranks; of width 2n
+        or none. Blocks other than Monarch's default are kept; else they are the divisor of n that takes the fewest
+        parameters, the root of a square n.
         """
         n = out_features
         if n != in_features or not isinstance(to, Product) or to.widths not in (None, (2 * n,)) or len(to.parts) != 2:
             return None
         members: list[Permuted] = []
-        for part in to.parts:
+        for part in (Permuted(), Permuted()) if to.parts == Product().parts else to.parts:
             if not isinstance(part, Permuted) or not isinstance(part.inner, Monarch) or part.inner.rank is not None:
                 return None
             blocks = part.inner.blocks if part.inner.blocks != Monarch.blocks else _cheapest_blocks(n)
