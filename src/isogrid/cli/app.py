@@ -87,6 +87,12 @@ def compress(
     calibrate: Annotated[
         str | None, typer.Option(help="Calibration: wikitext2:calibration, pydoc, sts:train, photographs, a text file.")
     ] = None,
+    anchor: Annotated[
+        float,
+        typer.Option(
+            help="0: each layer keeps its matrix; 1: it aims at the original model's outputs. With --calibrate."
+        ),
+    ] = 0.0,
     windows: Annotated[
         int, typer.Option(min=1, help="Calibration windows of --length tokens; an encoder takes 8 paragraphs for each.")
     ] = 16,
@@ -141,6 +147,7 @@ def compress(
             calibration=calibration,
             select=select,
             skip=skip or (),
+            anchor=anchor,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
         )

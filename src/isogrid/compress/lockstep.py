@@ -26,8 +26,9 @@ class _Stop(BaseException):
 class _Runner:
     """One batch's forward pass in its own thread, run and halted by hand."""
 
-    def __init__(self, index: int, forward: Callable[[], Any], stack: _Current) -> None:
+    def __init__(self, index: int, forward: Callable[[], Any], stack: _Current, *, original: bool = False) -> None:
         self.index = index
+        self.original = original
         self.waiting: tuple[str, Tensor] | None = None
         self.finished = False
         self.error: BaseException | None = None
@@ -95,6 +96,7 @@ def lockstep(
     forwards: Sequence[Callable[[], Any]],
     layers: Mapping[str, nn.Module],
     visit: Visit,
+    originals: Sequence[Callable[[], Any]] = (),
 ) -> set[str]:
     """Run all forward passes, calling ``visit`` once for each selected layer.
 
@@ -105,6 +107,8 @@ def lockstep(
             names.
         visit: ``(name, batch indices, inputs) -> module that takes the layer's place`` (it may be the layer itself).
             Inputs are in batch order; the layer's input is its first positional argument.
+        originals: further forward passes, numbered after the others; they halt with them, and go on through the layers
+            as they were. With them, layers are replaced in the model when all is done.
 
     Returns:
         Names of the layers that were visited; the others were reached by no batch.
@@ -123,7 +127,7 @@ def lockstep(
             x = args[0] if args else next(iter(kwargs.values()))
             runner = current.runner
             module = replaced.get(name) if name in replaced or runner is None else runner.halt(name, x)
-            if module is None or module is layer:
+            if module is None or module is layer or (runner is not None and runner.original):
                 return own_forward(*args, **kwargs)
             return module(x)
 
@@ -131,7 +135,10 @@ def lockstep(
 
     # Others (accelerate's hooks) have put a forward of their own there: theirs comes back.
     own = {name: layer.__dict__["forward"] for name, layer in layers.items() if "forward" in layer.__dict__}
-    runners = [_Runner(index, forward, current) for index, forward in enumerate(forwards)]
+    runners = [
+        _Runner(index, forward, current, original=index >= len(forwards))
+        for index, forward in enumerate([*forwards, *originals])
+    ]
 
     def check(runner: _Runner) -> None:
         if runner.error is not None:
@@ -154,7 +161,8 @@ def lockstep(
             inputs = [runner.waiting[1] for runner in here if runner.waiting is not None]
             new = visit(name, [runner.index for runner in here], inputs)
             del inputs
-            if new is not layers[name]:
+            # An original that comes here once more has to find the layer as it was.
+            if new is not layers[name] and not originals:
                 model.set_submodule(name, new)
             replaced[name] = new
             if len(replaced) == len(layers):
@@ -171,4 +179,7 @@ def lockstep(
                 layer.__dict__.pop("forward", None)
                 if name in own:
                     layer.__dict__["forward"] = own[name]
+            for name, new in replaced.items():
+                if originals and new is not layers[name]:
+                    model.set_submodule(name, new)
     return set(replaced)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from isogrid.checkpoint import mark_structured
 from isogrid.compress.allocate import allocate_uniform
+from isogrid.compress.anchor import Drift, DriftSum, anchored_target, output_distance
 from isogrid.compress.calibrate import Moments, MomentSum, as_batches, evaluation_mode, forward_calls, real_rows
 from isogrid.compress.lockstep import lockstep
 from isogrid.compress.select import select_layers
@@ -34,6 +37,7 @@ def compress(
     length: int = 512,
     select: str | Iterable[str] | None = None,
     skip: str | Iterable[str] = (),
+    anchor: float = 0.0,
     seed: int = 0,
     on_layer: OnLayer | None = None,
     **fit_options: Any,
@@ -51,6 +55,8 @@ def compress(
         length: window length in tokens, for texts.
         select: patterns of layer names; None: the linear layers of the repeated blocks (see `select_layers`).
         skip: patterns of layers to leave dense.
+        anchor: from 0 (each layer keeps its own matrix on the inputs it now gets) to 1 (it aims at the original
+            model's outputs, and so repairs what the layers before have lost). Needs calibration data, not `Moments`.
         seed: of the fits' randomness.
         on_layer: called with the report of each finished layer.
         fit_options: passed to the format's solver.
@@ -64,6 +70,12 @@ def compress(
     """
     begun = time.perf_counter()
     fmt = as_format(format)
+    if not 0 <= anchor <= 1:
+        raise IsogridError(f"anchor is between 0 and 1, got {anchor}")
+    if anchor and (calibration is None or isinstance(calibration, Moments)):
+        raise IsogridError(
+            f"anchor={anchor:g} compares two models on data: give calibration batches or texts, or anchor=0"
+        )
     layers = select_layers(model, select, skip)
     sized = allocate_uniform(layers, fmt, keep)
     for name, module in layers.items():
@@ -73,8 +85,8 @@ def compress(
     )
     generator = torch.Generator().manual_seed(seed)
 
-    def fit(name: str, metric: Metric | None) -> StructuredLinear:
-        new, layer_report = _fit_layer(name, layers[name], sized[name], metric, generator, fit_options)
+    def fit(name: str, metric: Metric | None, seen: _Seen | None = None) -> StructuredLinear:
+        new, layer_report = _fit_layer(name, layers[name], sized[name], metric, generator, fit_options, anchor, seen)
         report.layers.append(layer_report)
         if on_layer is not None:
             on_layer(layer_report)
@@ -98,7 +110,7 @@ def compress(
                 model.set_submodule(name, fit(name, working))
         else:
             batches = as_batches(calibration, tokenizer, length)
-            rows = _fit_in_order(model, layers, batches, fit)
+            rows = _fit_in_order(model, layers, batches, fit, anchored=anchor > 0)
             for name in [name for name in layers if name not in {done.name for done in report.layers}]:
                 model.set_submodule(name, fit(name, None))
             report.calibration = f"{rows} rows, inputs of the compressed part"
@@ -115,37 +127,71 @@ def compress(
     return report
 
 
+@dataclass
+class _Seen:
+    """One input of layers: where it came from, its metric, and the original model's rows of the same tokens."""
+
+    indices: list[int]
+    inputs: list[Tensor]
+    versions: list[int]
+    metric: Metric
+    drift: Drift | None
+    originals: list[Tensor]
+
+    def is_of(self, indices: list[int], inputs: list[Tensor]) -> bool:
+        """Whether these are the very inputs, unchanged since."""
+        return (
+            self.indices == indices
+            and all(x is known for x, known in zip(inputs, self.inputs, strict=True))
+            and self.versions == [x._version for x in inputs]
+        )
+
+    def energy(self, matrix: Tensor, *, centred: bool) -> float:
+        """``E ||W x||²`` of the original rows, or about the mean."""
+        square, total, rows = 0.0, torch.zeros(matrix.shape[0], dtype=torch.float64), 0
+        for x in self.originals:
+            y = x.to(torch.float32) @ matrix.detach().to(torch.float32).mT
+            square += float(y.square().sum(dtype=torch.float64))
+            total += y.sum(0, dtype=torch.float64).cpu()
+            rows += len(y)
+        return square / rows - (float((total / rows).square().sum()) if centred else 0.0)
+
+
 def _fit_in_order(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: list[Any],
-    fit: Callable[[str, Metric | None], StructuredLinear],
+    fit: Callable[[str, Metric, _Seen], StructuredLinear],
+    *,
+    anchored: bool,
 ) -> int:
     """Fit each layer when all batches have reached it; layers of one input share its metric. Returns the rows."""
     most_rows = 0
-    last: tuple[list[int], list[Tensor], list[int], Metric] | None = None
+    last: _Seen | None = None
 
     def visit(name: str, indices: list[int], inputs: list[Tensor]) -> StructuredLinear:
         nonlocal last, most_rows
-        versions = [x._version for x in inputs]
-        if (
-            last is not None
-            and last[0] == indices
-            and all(x is known for x, known in zip(inputs, last[1], strict=True))
-            and last[2] == versions
-        ):
-            metric = last[3]
-        else:
-            total = MomentSum()
-            for index, x in zip(indices, inputs, strict=True):
-                total.add(real_rows(x, batches[index]))
-            metric = total.metric(name)
-            last = (indices, inputs, versions, metric)
+        if last is None or not last.is_of(indices, inputs):
+            present = {i: x for i, x in zip(indices, inputs, strict=True) if i < len(batches)}
+            before = {i - len(batches): x for i, x in zip(indices, inputs, strict=True) if i >= len(batches)}
+            total, moved, rows_before = MomentSum(), DriftSum(), []
+            # Where the streams took different ways (experts), rows have no partners.
+            paired = anchored and present.keys() == before.keys()
+            paired = paired and all(before[i].shape == x.shape for i, x in present.items())
+            for index, x in present.items():
+                rows = real_rows(x, batches[index])
+                total.add(rows)
+                if paired:
+                    rows_before.append(real_rows(before[index], batches[index]))
+                    moved.add(rows_before[-1], rows)
+            versions = [x._version for x in inputs]
+            last = _Seen(indices, inputs, versions, total.metric(name), moved.drift(), rows_before)
             most_rows = max(most_rows, total.rows)
-        return fit(name, metric)
+        return fit(name, last.metric, last)
 
     with evaluation_mode(model):
-        lockstep(model, forward_calls(model, batches), layers, visit)
+        forwards = forward_calls(model, batches)
+        lockstep(model, forwards, layers, visit, forward_calls(model, batches) if anchored else ())
     if last is None:
         raise IsogridError(f"calibration reaches none of the {len(layers)} selected layers; check its form")
     return most_rows
@@ -158,6 +204,8 @@ def _fit_layer(
     metric: Metric | None,
     generator: torch.Generator,
     options: Mapping[str, Any],
+    anchor: float,
+    seen: _Seen | None,
 ) -> tuple[StructuredLinear, LayerReport]:
     """One layer's matrix in its format; with a bias and a known mean, the mean error moves into the bias."""
     begun = time.perf_counter()
@@ -166,8 +214,13 @@ def _fit_layer(
     bias: Tensor | None = linear.bias
     moves_bias = bias is not None and metric is not None and metric.mean is not None
     cost_of_errors = metric.centred if metric is not None and moves_bias else metric
+    drift = seen.drift if seen is not None and anchor else None
+    target = matrix
+    if drift is not None and cost_of_errors is not None:
+        cross = drift.centred if moves_bias else drift.cross
+        target = anchored_target(matrix, cost_of_errors, cross, anchor).to(matrix)
     try:
-        factors, fitted = fmt.fit_and_report(matrix, cost_of_errors, generator=generator, **options)
+        factors, fitted = fmt.fit_and_report(target, cost_of_errors, generator=generator, **options)
     except IsogridError as error:
         raise IsogridError(f"layer {name!r}: {error}") from error
     new_bias = None if bias is None else bias.detach().clone()
@@ -175,7 +228,18 @@ def _fit_layer(
         wide = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
         residual = widened(matrix) - fmt.dense(wide, out_features, in_features)
         shift = residual @ metric.mean.to(residual.device)
+        if drift is not None:
+            shift += anchor * (widened(matrix) @ drift.shift.to(residual.device))
         new_bias = (widened(new_bias) + shift).to(new_bias)
+    reached, upstream, least = fitted.error, 0.0, fitted.least_error
+    if drift is not None and seen is not None and cost_of_errors is not None:
+        energy = seen.energy(matrix, centred=moves_bias)
+        exact = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
+        dense = fmt.dense(exact, out_features, in_features)
+        distance = partial(output_distance, matrix, cross=cross, moment=cost_of_errors.moment, energy=energy)
+        reached, upstream = (_relative(distance(of), energy) for of in (dense, widened(target)))
+        if fitted.lower_bound is not None:
+            least = min(reached, _relative(fitted.lower_bound + upstream**2 * energy, energy))
     layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
     layer.requires_grad_(linear.weight.requires_grad)
     if bias is not None and layer.bias is not None:
@@ -188,14 +252,19 @@ def _fit_layer(
         in_features=in_features,
         parameters=layer.cost().parameters,
         dense_parameters=out_features * in_features,
-        error=fitted.error,
-        least_error=fitted.least_error,
+        error=reached,
+        least_error=least,
+        upstream=upstream,
         iterations=fitted.iterations,
         calibrated=metric is not None,
         rows=None if metric is None else metric.rows,
         bias_moved=moves_bias,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _relative(objective: float, whole: float) -> float:
+    return (objective / whole) ** 0.5 if whole > 0 else 0.0
 
 
 def _check_weight(name: str, module: nn.Module) -> None:

@@ -23,8 +23,10 @@ class LayerReport:
         in_features: columns of its matrix.
         parameters: trained numbers of the format, without the bias.
         dense_parameters: out · in.
-        error: relative output error ``||(W - V) M^½|| / ||W M^½||`` on the calibration moments, or the relative
-            Frobenius error of a plain fit.
+        error: relative output error on the calibration rows: of the matrix on the inputs that it gets now or, anchored,
+            against the original model's outputs. The relative Frobenius error of a plain fit.
+        upstream: the part of the error that the layers before have caused and no matrix here can repair; known for
+            anchored fits, else 0.
         least_error: no fit of this member can have a smaller error; None where no bound is known.
         iterations: of the solver; 0 for closed forms.
         calibrated: whether the fit knew the layer's inputs.
@@ -41,6 +43,7 @@ class LayerReport:
     dense_parameters: int
     error: float
     least_error: float | None
+    upstream: float
     iterations: int
     calibrated: bool
     rows: int | None
@@ -58,6 +61,7 @@ class LayerReport:
             "dense_parameters": self.dense_parameters,
             "error": self.error,
             "least_error": self.least_error,
+            "upstream": self.upstream,
             "iterations": self.iterations,
             "calibrated": self.calibrated,
             "rows": self.rows,
