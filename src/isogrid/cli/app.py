@@ -93,6 +93,9 @@ def compress(
             help="0: each layer keeps its matrix; 1: it aims at the original model's outputs. With --calibrate."
         ),
     ] = 0.0,
+    allocate: Annotated[
+        str, typer.Option(help="uniform: every layer the same share; global: one budget, spent by sensitivity.")
+    ] = "uniform",
     windows: Annotated[
         int, typer.Option(min=1, help="Calibration windows of --length tokens; an encoder takes 8 paragraphs for each.")
     ] = 16,
@@ -148,6 +151,7 @@ def compress(
             select=select,
             skip=skip or (),
             anchor=anchor,
+            allocate=allocate,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -13,17 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.checkpoint import mark_structured
-from isogrid.compress.allocate import allocate_uniform
+from isogrid.compress.allocate import Option, allocate_global, allocate_uniform, error_curve
 from isogrid.compress.anchor import Drift, DriftSum, anchored_target, output_distance
 from isogrid.compress.calibrate import Moments, MomentSum, as_batches, evaluation_mode, forward_calls, real_rows
 from isogrid.compress.lockstep import lockstep
 from isogrid.compress.select import select_layers
+from isogrid.compress.sensitivity import loss_weights
 from isogrid.compress.summary import CompressionReport, LayerReport, count_parameters, stored_bytes
 from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.fitting import Metric, widened
 from isogrid.formats import Format, as_format
 from isogrid.linear import StructuredLinear, linear_matrix
 
+# A global allocation leaves every layer this share of what a uniform one would give it.
+LEAST_SHARE = 0.3
+SENSITIVITY_ROWS = 8
 OnLayer = Callable[[LayerReport], None]
 
 
@@ -38,6 +43,7 @@ def compress(
     select: str | Iterable[str] | None = None,
     skip: str | Iterable[str] = (),
     anchor: float = 0.0,
+    allocate: str = "uniform",
     seed: int = 0,
     on_layer: OnLayer | None = None,
     **fit_options: Any,
@@ -57,7 +63,9 @@ def compress(
         skip: patterns of layers to leave dense.
         anchor: from 0 (each layer keeps its own matrix on the inputs it now gets) to 1 (it aims at the original
             model's outputs, and so repairs what the layers before have lost). Needs calibration data, not `Moments`.
-        seed: of the fits' randomness.
+        allocate: "uniform", every layer the same share; or "global", one budget spent where the model's loss is most
+            sensitive, layers left dense where that is best. Needs calibration data and two more passes through it.
+        seed: of the fits' randomness, and of the labels that sensitivities are measured with.
         on_layer: called with the report of each finished layer.
         fit_options: passed to the format's solver.
 
@@ -76,10 +84,18 @@ def compress(
         raise IsogridError(
             f"anchor={anchor:g} compares two models on data: give calibration batches or texts, or anchor=0"
         )
+    if allocate not in ("uniform", "global"):
+        raise IsogridError(f"allocate is uniform or global, got {allocate!r}")
+    if allocate == "global" and (calibration is None or isinstance(calibration, Moments)):
+        raise IsogridError("allocate='global' measures the model on data: give calibration batches or texts")
     layers = select_layers(model, select, skip)
     sized = allocate_uniform(layers, fmt, keep)
     for name, module in layers.items():
         _check_weight(name, module)
+    if not (calibration is None or isinstance(calibration, Moments)):
+        calibration = as_batches(calibration, tokenizer, length)
+    if allocate == "global":
+        sized = _allocate_by_sensitivity(model, layers, fmt, keep, calibration, seed)
     report = CompressionReport(
         fmt, keep, dense_model_bytes=stored_bytes(model), dense_model_parameters=count_parameters(model)
     )
@@ -109,8 +125,7 @@ def compress(
                     source, working = known, None if known is None else known.fresh()
                 model.set_submodule(name, fit(name, working))
         else:
-            batches = as_batches(calibration, tokenizer, length)
-            rows = _fit_in_order(model, layers, batches, fit, anchored=anchor > 0)
+            rows = _fit_in_order(model, layers, calibration, fit, anchored=anchor > 0)
             for name in [name for name in layers if name not in {done.name for done in report.layers}]:
                 model.set_submodule(name, fit(name, None))
             report.calibration = f"{rows} rows, inputs of the compressed part"
@@ -161,7 +176,7 @@ def _fit_in_order(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: list[Any],
-    fit: Callable[[str, Metric, _Seen], StructuredLinear],
+    fit: Callable[[str, Metric, _Seen], nn.Module],
     *,
     anchored: bool,
 ) -> int:
@@ -169,7 +184,7 @@ def _fit_in_order(
     most_rows = 0
     last: _Seen | None = None
 
-    def visit(name: str, indices: list[int], inputs: list[Tensor]) -> StructuredLinear:
+    def visit(name: str, indices: list[int], inputs: list[Tensor]) -> nn.Module:
         nonlocal last, most_rows
         if last is None or not last.is_of(indices, inputs):
             present = {i: x for i, x in zip(indices, inputs, strict=True) if i < len(batches)}
@@ -195,6 +210,34 @@ def _fit_in_order(
     if last is None:
         raise IsogridError(f"calibration reaches none of the {len(layers)} selected layers; check its form")
     return most_rows
+
+
+def _allocate_by_sensitivity(
+    model: nn.Module, layers: Mapping[str, nn.Module], fmt: Format, keep: float, batches: list[Any], seed: int
+) -> dict[str, Format]:
+    """Error curves on the dense model's inputs, weighted by what the errors cost its loss."""
+    curves: dict[str, list[Option]] = {}
+
+    def probe(name: str, metric: Metric, _: _Seen) -> nn.Module:
+        module = layers[name]
+        matrix = linear_matrix(module).detach()
+        counted = metric.centred if module.bias is not None else metric
+        curves[name] = error_curve(fmt, matrix, counted, math.floor(LEAST_SHARE * keep * matrix.numel()))
+        return module
+
+    _fit_in_order(model, layers, batches, probe, anchored=False)
+    for name in layers:
+        if name not in curves:
+            matrix = linear_matrix(layers[name]).detach()
+            curves[name] = error_curve(fmt, matrix, None, math.floor(LEAST_SHARE * keep * matrix.numel()))
+    weights = loss_weights(model, layers, _few(batches), seed=seed)
+    return allocate_global({name: curves[name] for name in layers}, weights, keep)
+
+
+def _few(batches: list[Any]) -> list[Any]:
+    """Eight windows one by one: gradients of whole batches would hold all their activations at once."""
+    single = [row for batch in batches[:SENSITIVITY_ROWS] if isinstance(batch, Tensor) for row in batch.split(1)]
+    return (single or batches)[:SENSITIVITY_ROWS]
 
 
 def _fit_layer(

@@ -5,7 +5,7 @@ from isogrid.fitting.chains import chain_bonds, chain_bound, chain_multiply, cha
 from isogrid.fitting.descent import descend
 from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank
 from isogrid.fitting.metric import Metric, cholesky, squared_norm, widened
-from isogrid.fitting.report import FitReport, OnStep, rank_bound
+from isogrid.fitting.report import FitReport, OnStep, rank_bound, rank_errors
 from isogrid.fitting.shared_bases import shared_bases
 from isogrid.fitting.slices import fit_slices, project_slices
 
@@ -28,6 +28,7 @@ __all__ = [
     "low_rank",
     "project_slices",
     "rank_bound",
+    "rank_errors",
     "shared_bases",
     "squared_norm",
     "widened",

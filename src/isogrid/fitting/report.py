@@ -75,3 +75,10 @@ def rank_bound(rows: Tensor, ranks: Tensor | int, metric: Metric | None) -> floa
     index = torch.arange(sigma.shape[-1], device=sigma.device)
     beyond = index >= (ranks.unsqueeze(-1) if isinstance(ranks, Tensor) else ranks)
     return float((sigma.square() * beyond).sum())
+
+
+def rank_errors(target: Tensor, metric: Metric | None) -> list[float]:
+    """Least weighted error of rank 1, 2, … min(out, in): tails of the squared singular values of ``target · L``."""
+    sigma = torch.linalg.svdvals(target if metric is None else target @ metric.to(target.device).root)
+    tails = sigma.square().flip(0).cumsum(0).flip(0)
+    return [*(float(value) for value in tails[1:]), 0.0]

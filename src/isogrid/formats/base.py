@@ -316,6 +316,10 @@ class Format(ABC):
         """A value below which no member's ``||(target - dense) M^½||_F²`` lies, float64; None: none is known."""
         return None
 
+    def error_curve(self, target: Tensor, metric: Metric | None) -> list[float] | None:
+        """Objectives of the fits of sizes 1, 2, … up to `size_limit`, float64; None where each size needs a fit."""
+        return None
+
     def _fit(
         self,
         target: Tensor,

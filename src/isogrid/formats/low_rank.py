@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from isogrid.fitting import Metric, low_rank
+from isogrid.fitting import Metric, low_rank, rank_errors
 from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
 
 
@@ -57,6 +57,10 @@ class LowRank(Format):
             Component("right", in_features, rank, rank),
             Component("left", rank, out_features, out_features),
         ]
+
+    def error_curve(self, target: Tensor, metric: Metric | None) -> list[float]:
+        """Tails of the whitened spectrum: one decomposition tells all ranks."""
+        return rank_errors(target, metric)
 
     def solve(
         self, target: Tensor, metric: Metric | None, *, solver: str, generator: torch.Generator, **options: Any

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from isogrid.fitting import Metric, dominant_inputs, low_rank
+from isogrid.fitting import Metric, dominant_inputs, low_rank, rank_errors
 from isogrid.formats.base import Component, Factor, Factors, Format, Traits, normal_, require_rank, require_solver
 
 
@@ -83,6 +83,10 @@ class LowRankLight(Format):
             normal_(factors["rest"], 1 / math.sqrt(in_features - rank), generator)
         std = math.sqrt(min(rank, out_features)) / rank
         normal_(factors["left"], std / math.sqrt(2) if doubled else std, generator)
+
+    def error_curve(self, target: Tensor, metric: Metric | None) -> list[float]:
+        """Tails of the whitened spectrum: one decomposition tells all ranks."""
+        return rank_errors(target, metric)
 
     def solve(
         self, target: Tensor, metric: Metric | None, *, solver: str, generator: torch.Generator, **options: Any

@@ -1,0 +1,156 @@
+"""One budget over all layers: the documented example, brute force, and models whose layers differ."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress
+from isogrid.compress.allocate import Option, allocate_global, choose, error_curve
+from isogrid.compress.sensitivity import loss_weights
+from isogrid.fitting import squared_norm
+from isogrid.formats import Dense
+
+F64 = torch.float64
+SPECTRA = {"a": ((8, 8), 10, 1), "b": ((8, 16), 4, 2), "c": ((16, 8), 1, 0.5)}
+
+
+def documented(fmt, *, dense):
+    """The example of fitting theory 5.2: squared singular values a i^-p, i = 1 … 8."""
+    curves = {}
+    for name, ((m, n), scale, power) in SPECTRA.items():
+        sigma = (scale * torch.arange(1, 9, dtype=F64) ** -power).sqrt()
+        matrix = torch.zeros(m, n, dtype=F64)
+        matrix.diagonal().copy_(sigma)
+        if dense:
+            curves[name] = error_curve(fmt, matrix, None)
+        else:  # ranks beyond what dense would cost take part, too
+            ranks = [LowRank(rank) for rank in range(1, 9)]
+            tails = [float(sigma[rank:].square().sum()) for rank in range(1, 9)]
+            curves[name] = [
+                Option(member, member.cost(m, n).parameters, tail) for member, tail in zip(ranks, tails, strict=True)
+            ]
+    return curves
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dense", "budget", "ranks", "error"),
+    [
+        (LowRank(), False, 160, (7, 1, 1), 6.731125),
+        (LowRank(), True, 160, ("dense", 2, 2), 3.774018),
+        (LowRank(), True, 224, ("dense", 1, "dense"), 2.109688),
+        (LowRankLight(), True, 224, ("dense", 3, 5), 1.805010),
+    ],
+)
+def test_the_documented_example(fmt, dense, budget, ranks, error):
+    chosen = choose(documented(fmt, dense=dense), budget)
+    found = tuple("dense" if isinstance(one.format, Dense) else one.format.rank for one in chosen.values())
+    assert sum(one.error for one in chosen.values()) == pytest.approx(error, abs=1e-6)
+    assert found == ranks
+    assert sum(one.cost for one in chosen.values()) <= budget
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_choose_equals_brute_force(seed):
+    source = torch.Generator().manual_seed(seed)
+    options = {
+        str(layer): [
+            Option(LowRank(size + 1), int(cost), float(error))
+            for size, (cost, error) in enumerate(
+                zip(torch.randint(1, 40, (4,), generator=source), torch.rand(4, generator=source), strict=True)
+            )
+        ]
+        for layer in range(4)
+    }  # fmt: skip
+    for budget in (30, 60, 90):
+        every = [
+            sum(one.error for one in combination)
+            for combination in itertools.product(*options.values())
+            if sum(one.cost for one in combination) <= budget
+        ]
+        if not every:
+            with pytest.raises(BudgetError, match="smallest members"):
+                choose(options, budget)
+            continue
+        chosen = choose(options, budget)
+        assert sum(one.error for one in chosen.values()) == pytest.approx(min(every))
+
+
+def test_large_costs_are_rounded_within_the_budget():
+    options = {
+        str(layer): [Option(LowRank(r), r * 100_003, 1 / r) for r in range(1, 40)] for layer in range(20)
+    }  # fmt: skip
+    budget = 20 * 10 * 100_003
+    chosen = choose(options, budget)
+    cost = sum(one.cost for one in chosen.values())
+    assert 0.995 * budget <= cost <= budget
+    assert sum(one.error for one in chosen.values()) == pytest.approx(2.0, rel=0.01)
+
+
+def test_curves_are_the_errors_of_fits():
+    matrix = torch.randn(12, 10, dtype=F64, generator=torch.Generator().manual_seed(0))
+    metric = Metric.from_rows(torch.randn(50, 10, dtype=F64, generator=torch.Generator().manual_seed(1)))
+    for fmt in (LowRank(), LowRankLight(), Monarch(2)):
+        curve = error_curve(fmt, matrix, metric)
+        assert [one.cost for one in curve] == sorted(one.cost for one in curve)
+        assert isinstance(curve[-1].format, Dense)
+        assert curve[-1].error == 0
+        for one in curve[:-1]:
+            factors = one.format.fit(matrix, metric)
+            error = squared_norm(matrix - one.format.dense(factors, 12, 10), metric)
+            # Between the probed sizes of a format without a closed curve, errors are interpolated.
+            assert one.error == pytest.approx(error, rel=1e-6 if fmt.name != "monarch" else 0.5, abs=1e-9)
+
+
+def test_weights_are_the_rise_of_the_loss():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double()
+    batches = [torch.randn(4000, 6, dtype=F64)]
+    weights = loss_weights(model, {"0": model[0], "1": model[1]}, batches)
+    # With standard normal cotangents g = Wᵀ z, E ||g||² = ||W||² at the first layer, m at the last.
+    assert weights["1"] == pytest.approx(0.5, rel=0.05)
+    assert weights["0"] == pytest.approx(float(model[1].weight.detach().square().sum()) / 10, rel=0.05)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def unequal():
+    """Three layers in a row, of which the first is nearly of rank three."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 24)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(24, 3, dtype=F64) @ torch.randn(3, 24, dtype=F64) / 8)
+        model[0].weight += 0.01 * torch.randn(24, 24, dtype=F64)
+    return model
+
+
+def test_a_global_budget_serves_the_outputs_better_and_is_kept():
+    data = torch.randn(1024, 24, dtype=F64, generator=torch.Generator().manual_seed(2))
+    wish = unequal()(data).detach()
+    errors, kept = {}, {}
+    for allocate in ("uniform", "global"):
+        model = unequal()
+        report = compress(model, LowRankLight(), keep=0.5, calibration=[data], allocate=allocate)
+        errors[allocate] = float((model(data).detach() - wish).norm() / wish.norm())
+        kept[allocate] = report.achieved_keep
+        assert report.achieved_keep <= 0.5
+    assert errors["global"] < errors["uniform"]
+    shares = {layer.name: layer.parameters / layer.dense_parameters for layer in report.layers}
+    assert shares["0"] < min(shares["2"], shares["4"])
+
+
+def test_dense_layers_take_part():
+    curves = documented(LowRank(), dense=True)
+    chosen = allocate_global(curves, dict.fromkeys(curves, 1.0), 0.5)
+    assert isinstance(chosen["a"], Dense)
+    assert math.isclose(sum(curve[-1].cost for curve in curves.values()), 320)
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(IsogridError, match="uniform or global"):
+        compress(unequal(), LowRank(), calibration=[torch.randn(64, 24, dtype=F64)], allocate="best")
+    with pytest.raises(IsogridError, match="give calibration"):
+        compress(unequal(), LowRank(), allocate="global")
