@@ -17,8 +17,7 @@ def test_members_have_the_published_sizes():
     assert counts["Low rank"][0] + 1296 == 42768
     assert counts["Low-Rank Light"][-1] + 1296 == 1402128
     assert counts["Block Tensor-Train, strided rows"][0] + 1296 == 94608
-    grids = [sizes[0] for label, sizes in counts.items() if label.startswith("Monarch")]
-    assert [parameters + 1296 for parameters in grids] == [
+    assert [parameters + 1296 for parameters in counts["Monarch (rank one)"]] == [
         94608, 102384, 127008, 221616, 426384, 565056, 843696,
     ]  # fmt: skip
     assert counts["BLAST 8 x 8"][1] + 1296 == 171280

@@ -416,9 +416,12 @@ def study(
         notes.print(_plain(message), highlight=False, soft_wrap=True)
 
     target = out or Path("results/study") / name
-    console.print(
-        console_table(STUDIES[name](target, quick=quick, seed=seed, data_dir=data, command=_command(), say=say))
-    )
+    result = STUDIES[name](target, quick=quick, seed=seed, data_dir=data, command=_command(), say=say)
+    for table in [result] if "rows" in result else result.values():  # one table, or several by name
+        if "dense" in table:
+            console.print(console_table(table))
+        else:
+            console.print((target / "table.md").read_text(), highlight=False, markup=False)
     console.print(f"written to {target}", highlight=False, soft_wrap=True)
 
 

@@ -70,10 +70,9 @@ def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
     }
     if has_quality(data):
         written["quality.png"] = save_figure(quality_against_size(data), folder / "quality.png")
-    return written | {
-        "errors.png": save_figure(error_per_layer(data), folder / "errors.png"),
-        "report.html": write_page(data, folder / "report.html"),
-    }
+    if any(row.get("layers") for row in all_rows(data)):
+        written["errors.png"] = save_figure(error_per_layer(data), folder / "errors.png")
+    return written | {"report.html": write_page(data, folder / "report.html")}
 
 
 def write_page(data: Data, path: str | Path) -> Path:

@@ -76,7 +76,7 @@ class Target:
 def thesis_monarch(blocks: int, out_features: int, in_features: int, error: float, law: float | None = None) -> Entry:
     """The thesis' Monarch: slices of ``blocks`` strided rows and ``in / blocks`` columns, each of rank one."""
     grid = BlockTensorTrain(1, out_factors=(out_features // blocks, blocks), in_factors=(blocks, in_features // blocks))
-    return Entry(f"Monarch (rank one), {blocks} blocks", grid, error, law, deal=blocks)
+    return Entry("Monarch (rank one)", grid, error, law, deal=blocks)
 
 
 def thesis_train(rank: int, out_features: int, in_features: int, error: float, law: float | None = None) -> Entry:
@@ -236,7 +236,7 @@ def _first_layer(quick: bool) -> Iterator[Entry]:
 
 
 def _thorough(quick: bool) -> dict[str, Any]:
-    return {} if quick else {"sweeps": 300, "polish": 100, "restarts": 2}
+    return {} if quick else {"sweeps": 1000, "polish": 0, "restarts": 1}
 
 
 TARGETS: dict[str, Target] = {

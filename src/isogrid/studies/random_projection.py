@@ -93,6 +93,7 @@ def _one_target(
     for entry in entries:
         key = entry.format.label().translate(str.maketrans("(), =[]", "-------"))
         row = remembered(runs, key, settings | {"options": entry.options, "deal": entry.deal}, partial(measure, entry))
+        row["label"] = entry.label
         rows.append(row)
         step(entry.label)
         beside = "" if entry.published is None else f", {row['quality'] / entry.published:.4f} of the documented"
