@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from isogrid.formats.base import Factor, Format
+from isogrid.formats.base import Format
+from isogrid.formats.factors import Factor
 from isogrid.formats.sizes import pad_features
 
 

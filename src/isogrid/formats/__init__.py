@@ -1,15 +1,18 @@
 """What a matrix can be: one file per format."""
 
 from isogrid.formats.aliases import block_shuffle, rank_one_monarch
-from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, Traits, check_factors, new_factors
+from isogrid.formats.base import Format
 from isogrid.formats.blast import Blast
 from isogrid.formats.block_dense import BlockDense
 from isogrid.formats.block_diagonal import BlockDiagonal
 from isogrid.formats.block_tensor_chain import BlockTensorChain
 from isogrid.formats.block_tensor_train import BlockTensorTrain
+from isogrid.formats.budget import Budget, Cost
 from isogrid.formats.capped import Capped
+from isogrid.formats.checks import check_factors
 from isogrid.formats.circulant import Circulant
 from isogrid.formats.dense import Dense
+from isogrid.formats.factors import Factor, Factors, new_factors
 from isogrid.formats.kronecker import Kronecker
 from isogrid.formats.low_rank import LowRank
 from isogrid.formats.low_rank_light import LowRankLight
@@ -18,8 +21,10 @@ from isogrid.formats.permuted import Permuted
 from isogrid.formats.product import Product
 from isogrid.formats.sparse import Unstructured
 from isogrid.formats.spelling import as_format, format_class, format_from_dict, registered
+from isogrid.formats.start import Component
 from isogrid.formats.sum import Sum
 from isogrid.formats.tensor_train import TensorTrain
+from isogrid.formats.traits import Traits
 
 __all__ = [
     "Blast",

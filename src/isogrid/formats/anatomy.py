@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.formats.base import Factor, Factors, Format, new_factors
+from isogrid.formats.base import Format
+from isogrid.formats.factors import Factor, Factors, new_factors
 
 SEED = 0
 # Footprints are lists of booleans; more of them than this serve nobody.

@@ -3,166 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import FitReport, Metric, OnStep, alternating_least_squares, descend, squared_norm, widened
+from isogrid.fitting import FitReport, Metric, OnStep, fit_general, squared_norm, widened
+from isogrid.formats.budget import Budget, Cost
+from isogrid.formats.checks import check_factors, check_options, check_target, require_solver, too_small
+from isogrid.formats.factors import Factor, Factors, new_factors
+from isogrid.formats.start import Component, gaussian_start, orthonormal_start
+from isogrid.formats.traits import Traits
 
-Role = Literal["weight", "gain", "structure", "index", "code"]
-TRAINABLE: frozenset[str] = frozenset({"weight", "gain", "structure"})
-Factors = dict[str, Tensor]
-T = TypeVar("T")
 # A matrix of so few entries gets this many random starts in a fit by the general solver: it takes seconds.
 SMALL, SMALL_RESTARTS = 2048, 20
-
-
-@dataclass(frozen=True)
-class Factor:
-    """What one tensor of a format is.
-
-    Attributes:
-        shape: its sizes.
-        dtype: None for the layer's floating dtype; an integer dtype for indices and codes.
-        role: "weight", "gain" and "structure" are trained (the last two without decay); "index" and "code" are
-            buffers that ``.to(dtype)`` leaves alone.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None = None
-    role: Role = "weight"
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-    @property
-    def trainable(self) -> bool:
-        """Whether it becomes a parameter."""
-        return self.role in TRAINABLE
-
-
-@dataclass(frozen=True)
-class Component:
-    """One dense stage of a product: what initialisation and learning rates need to know (Qiu et al. 2024, section 3).
-
-    Attributes:
-        factor: name of the factor that holds it.
-        fan_in: inputs of one of its blocks.
-        fan_out: outputs of one of its blocks.
-        outputs: outputs of all its blocks together.
-    """
-
-    factor: str
-    fan_in: int
-    fan_out: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What a format's own fit guarantees; every declared trait is proven by the test suite.
-
-    Attributes:
-        exact_on_members: the fit of a matrix inside the format is that matrix.
-        optimal: without a metric the fit is the global minimum.
-        optimal_under_metric: with any metric the fit is the global minimum.
-        monotone_in_budget: a larger budget never gives a larger error.
-        linear_in_factors: the matrix is linear in each weight factor alone.
-    """
-
-    exact_on_members: bool = False
-    optimal: bool = False
-    optimal_under_metric: bool = False
-    monotone_in_budget: bool = False
-    linear_in_factors: bool = False
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a matrix in a format costs. Costs add.
-
-    Attributes:
-        parameters: trained numbers.
-        multiply_adds: per row of input.
-        bits: everything stored, codes, indices and scales included.
-    """
-
-    parameters: int
-    multiply_adds: int
-    bits: int
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameters + other.parameters, self.multiply_adds + other.multiply_adds, self.bits + other.bits
-        )
-
-    @property
-    def bytes(self) -> int:
-        """Stored bytes, rounded up."""
-        return -(-self.bits // 8)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much one matrix may cost: parameters or bytes, exactly one of them.
-
-    Attributes:
-        parameters: most trained numbers.
-        bytes: most stored bytes, for factors of ``dtype``.
-        dtype: floating dtype the bytes are counted for.
-    """
-
-    parameters: int | None = None
-    bytes: int | None = None
-    dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        given = [limit for limit in (self.parameters, self.bytes) if limit is not None]
-        if len(given) != 1:
-            raise IsogridError("a budget is in parameters or in bytes: give exactly one of them")
-        if given[0] < 0:
-            raise IsogridError(f"a budget is not negative, got {given[0]}")
-
-    @classmethod
-    def keep(cls, fraction: float, out_features: int, in_features: int) -> Budget:
-        """The budget of a fraction in (0, 1] of the dense matrix's parameters, rounded down."""
-        if not 0 < fraction <= 1:
-            raise IsogridError(f"keep is a fraction of the dense parameters in (0, 1], got {fraction}")
-        # 0.1 · 70 is 7.000000000000001 in binary: a hair of slack keeps exact fractions exact, both ways.
-        return cls(parameters=math.floor(fraction * out_features * in_features * (1 + 1e-12)))
-
-    def allows(self, cost: Cost) -> bool:
-        """Whether a cost stays within the budget."""
-        return self.amount(cost) <= self.limit
-
-    def amount(self, cost: Cost) -> int:
-        """The part of a cost that this budget counts."""
-        return cost.parameters if self.parameters is not None else cost.bytes
-
-    @property
-    def limit(self) -> int:
-        """Most parameters or bytes, whichever the budget is in."""
-        limit = self.parameters if self.parameters is not None else self.bytes
-        assert limit is not None
-        return limit
-
-    def with_limit(self, limit: int) -> Budget:
-        """A budget in the same unit and dtype; a limit below zero counts as zero."""
-        unit = "parameters" if self.parameters is not None else "bytes"
-        return Budget(**{unit: max(limit, 0)}, dtype=self.dtype)
-
-    def __str__(self) -> str:
-        return f"{self.parameters} parameters" if self.parameters is not None else f"{self.bytes} bytes"
 
 
 @dataclass(frozen=True)
@@ -230,20 +89,9 @@ class Format(ABC):
         Weights are Gaussian with standard deviation ``sqrt(min(fan_in, fan_out)) / fan_in`` per component (Qiu et al.
         2024, section 3.2); gains are one, structure and codes zero, indices count up.
         """
-        stages = {component.factor: component for component in self.components(out_features, in_features)}
-        for name, factor in self.factors(out_features, in_features).items():
-            value = factors[name]
-            if factor.role == "index":
-                value.copy_(torch.arange(value.numel(), device=value.device).view(value.shape))
-            elif factor.role == "gain":
-                value.fill_(1)
-            elif factor.role == "weight":
-                stage = stages.get(name)
-                fan_in, fan_out = (stage.fan_in, stage.fan_out) if stage else (factor.numel, factor.numel)
-                std = math.sqrt(max(min(fan_in, fan_out), 1)) / max(fan_in, 1)
-                normal_(value, std, generator)
-            else:
-                value.zero_()
+        gaussian_start(
+            factors, self.factors(out_features, in_features), self.components(out_features, in_features), generator
+        )
 
     def fit(
         self,
@@ -331,19 +179,10 @@ class Format(ABC):
         options: dict[str, Any],
     ) -> tuple[Factors, Factors, Metric | None]:
         """Factors as asked for, as they were solved for in float64, and the metric on the device of the latter."""
-        if target.ndim != 2 or not target.is_floating_point():
-            raise IsogridError(f"a target is a floating matrix (out, in), got {target.dtype} {tuple(target.shape)}")
-        if not torch.isfinite(target).all():
-            count = int((~torch.isfinite(target)).sum())
-            raise IsogridError(f"the target has {count} NaN or infinite entries; repair the weight before fitting it")
-        if metric is not None and metric.in_features != target.shape[1]:
-            raise IsogridError(f"the metric is over {metric.in_features} inputs, the target has {target.shape[1]}")
+        check_target(target, metric)
+        check_options(self, options)
         if generator is None:
             generator = torch.Generator().manual_seed(0)
-        known = _solver_options(self)
-        if unknown := sorted(options.keys() - known):
-            has = ", ".join(sorted(known)) or "none"
-            raise IsogridError(f"{self.name}: its fit has no option {unknown[0]!r}; options: {has}")
         specs = self.factors(*target.shape)
         with torch.no_grad():
             wide = widened(target.detach())
@@ -408,34 +247,25 @@ class Format(ABC):
         require_solver(self, solver, ("default", "descent", "alternating") if linear else ("default", "descent"))
         out_features, in_features = target.shape
         specs = self.factors(out_features, in_features)
-        trainable = [name for name, spec in specs.items() if spec.trainable]
-        if restarts is None:
-            restarts = int(start is None)
 
         def random_start() -> Factors:
             begin = new_factors(self, out_features, in_features, dtype=torch.float64, device=target.device)
             self.initialize(begin, out_features, in_features, generator)
-            _scale_to(self, begin, target)
             return begin
 
-        def product(factors: Factors, x: Tensor) -> Tensor:
-            return self.multiply(factors, x, out_features)
-
-        def improved(found: Factors, share: int, tell: OnStep | None) -> tuple[float, Factors]:
-            if linear and solver != "descent":
-                most = min(rounds, max(rounds // share, 2))
-                found = alternating_least_squares(product, found, trainable, target, metric, rounds=most)
-            if solver != "alternating":
-                most = min(steps, max(steps // share, 20))
-                found = descend(product, found, set(trainable), target, metric, steps=most, on_step=tell)
-            return squared_norm(target - self.dense(found, out_features, in_features), metric), found
-
-        starts = [] if start is None else [start]
-        starts += [random_start() for _ in range(max(restarts, 0 if starts else 1))]
-        if len(starts) > 1:
-            trials = sorted((improved(begin, 10, None) for begin in starts), key=lambda trial: trial[0])
-            starts = [found for _, found in trials[: -(-len(trials) // 4)]]
-        return min((improved(begin, 1, on_step) for begin in starts), key=lambda trial: trial[0])[1]
+        return fit_general(
+            lambda factors, x: self.multiply(factors, x, out_features),
+            random_start,
+            [name for name, spec in specs.items() if spec.trainable],
+            [name for name, spec in specs.items() if spec.role == "weight"],
+            target,
+            metric,
+            start=start,
+            restarts=int(start is None) if restarts is None else restarts,
+            rounds=rounds if linear and solver != "descent" else 0,
+            steps=steps if solver != "alternating" else 0,
+            on_step=on_step,
+        )
 
     def deploy(
         self, factors: Mapping[str, Tensor], out_features: int, in_features: int
@@ -465,19 +295,8 @@ class Format(ABC):
             IsogridError: a weight factor is no matrix or stack of matrices, ``(blocks, fan_out, fan_in)`` or
                 ``(blocks, fan_in, fan_out)``, as the cores of a tensor train aren't; nothing is changed then.
         """
-        stages = {stage.factor: stage for stage in self.components(out_features, in_features)}
         specs = self.factors(out_features, in_features)
-        weights = [name for name, spec in specs.items() if spec.role == "weight" and spec.numel]
-        for name in weights:
-            sides = {} if name not in stages else {stages[name].fan_in, stages[name].fan_out}
-            # More axes may end in sides of the right lengths that are not those of the block.
-            if set(specs[name].shape[-2:]) != sides or len(specs[name].shape) not in (2, 3):
-                raise IsogridError(
-                    f"{self.label()}: factor {name!r} of shape {specs[name].shape} is no stack of blocks, so it has no "
-                    "orthonormal start; take the default start"
-                )
-        for name in weights:
-            orthonormalize_(factors[name])
+        orthonormal_start(self.label(), factors, specs, self.components(out_features, in_features))
 
     def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
         """What an ``(out, in)`` matrix costs when floating factors are stored in ``dtype``.
@@ -505,12 +324,11 @@ class Format(ABC):
             cost = self.cost(out_features, in_features, budget.dtype)
             if budget.allows(cost):
                 return self
-            raise BudgetError(self._too_small(out_features, in_features, budget, cost))
+            raise too_small(self, out_features, in_features, budget, cost)
         low, high = 1, max(self.size_limit(out_features, in_features), 1)
-        smallest = self.with_size(low)
-        cost = smallest.cost(out_features, in_features, budget.dtype)
+        cost = self.with_size(low).cost(out_features, in_features, budget.dtype)
         if not budget.allows(cost):
-            raise BudgetError(self._too_small(out_features, in_features, budget, cost))
+            raise too_small(self, out_features, in_features, budget, cost)
         while low < high:  # cost grows with the size: bisection
             middle = (low + high + 1) // 2
             if budget.allows(self.with_size(middle).cost(out_features, in_features, budget.dtype)):
@@ -551,123 +369,8 @@ class Format(ABC):
         changes: dict[str, Any] = {self.size_field: size}
         return dataclasses.replace(self, **changes)
 
-    def _too_small(self, out_features: int, in_features: int, budget: Budget, cost: Cost) -> str:
-        share = cost.parameters / (out_features * in_features)
-        if share >= 1:
-            return (
-                f"{self.label()}: its smallest {out_features} x {in_features} member takes {budget.amount(cost)}, the "
-                f"budget is {budget}; it is no smaller than dense here, choose other hyper-parameters or another format"
-            )
-        return (
-            f"{self.label()}: the smallest {out_features} x {in_features} member takes {budget.amount(cost)}, "
-            f"the budget is {budget}; keep at least {math.ceil(share * 1000) / 1000:g} of it, or choose another format"
-        )
-
 
 REGISTRY: dict[str, type[Format]] = {}
-
-
-# ---- factors -------------------------------------------------------------------------------------------------------
-
-
-def new_factors(
-    fmt: Format,
-    out_features: int,
-    in_features: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> Factors:
-    """Uninitialised tensors for all factors of an ``(out, in)`` matrix."""
-    return {
-        name: torch.empty(spec.shape, dtype=spec.dtype or dtype, device=device)
-        for name, spec in fmt.factors(out_features, in_features).items()
-    }
-
-
-def check_factors(fmt: Format, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> None:
-    """Raise IsogridError unless the factors have the format's names and shapes for these sizes."""
-    specs = fmt.factors(out_features, in_features)
-    if factors.keys() != specs.keys():
-        raise IsogridError(f"{fmt.label()}: factors are {sorted(specs)}, got {sorted(factors)}")
-    for name, spec in specs.items():
-        if tuple(factors[name].shape) != spec.shape:
-            raise IsogridError(
-                f"{fmt.label()}: factor {name!r} of a {out_features} x {in_features} matrix has shape {spec.shape}, "
-                f"got {tuple(factors[name].shape)}"
-            )
-
-
-def prefixed(prefix: str, factors: Mapping[str, T]) -> dict[str, T]:
-    """Factors of a part under the names they have in the whole."""
-    return {prefix + name: value for name, value in factors.items()}
-
-
-def unprefixed(prefix: str, factors: Mapping[str, T]) -> dict[str, T]:
-    """The factors of one part, under the names the part knows."""
-    return {name.removeprefix(prefix): value for name, value in factors.items() if name.startswith(prefix)}
-
-
-def require_solver(fmt: Format, solver: str, known: Sequence[str]) -> None:
-    """Raise IsogridError unless the solver is one of the known."""
-    if solver not in known:
-        raise IsogridError(f"{fmt.name} has no solver {solver!r}; it has: {', '.join(known)}")
-
-
-def require_rank(fmt: Format, rank: int | None, limit: int | None = None) -> int:
-    """A given rank; raises IsogridError when it is missing, below 1 or above the limit."""
-    if rank is None:
-        raise IsogridError(f"{fmt.name} has no rank yet: give rank=… or call .sized(out, in, budget)")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or (limit is not None and rank > limit):
-        raise IsogridError(f"{fmt.name}: rank {rank} is not in 1 … {limit if limit is not None else '∞'}")
-    return rank
-
-
-def balanced_norms(factors: Factors) -> Factors:
-    """Factors of a product scaled to equal Frobenius norms; the product is unchanged."""
-    norms = [float(value.norm()) for value in factors.values()]
-    if min(norms) == 0:
-        return factors
-    mean = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
-    return {name: value * (mean / norm) for (name, value), norm in zip(factors.items(), norms, strict=True)}
-
-
-def normal_(value: Tensor, std: float, generator: torch.Generator | None) -> None:
-    """Fill with Gaussian numbers drawn in float32 where the generator lives: same seed, same numbers on any device."""
-    device = generator.device if generator is not None else "cpu"
-    drawn = torch.randn(value.shape, generator=generator, device=device, dtype=torch.float32)
-    value.copy_(drawn * std)
-
-
-def orthonormalize_(blocks: Tensor) -> None:
-    """Each matrix of a stack ``(…, rows, columns)`` becomes its polar factor, in place; solved in float64."""
-    u, _, vh = torch.linalg.svd(widened(blocks), full_matrices=False)
-    blocks.copy_(u @ vh)
-
-
-def _solver_options(fmt: Format) -> set[str]:
-    """Names of the options that a format's `solve` takes, and those of a format within it."""
-    given = {"target", "metric", "solver", "start", "generator", "on_step"}
-    named = {
-        name
-        for name, parameter in inspect.signature(fmt.solve).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    inner = getattr(fmt, "inner", None)
-    return (named - given) | (_solver_options(inner) if isinstance(inner, Format) else set())
-
-
-def _scale_to(fmt: Format, factors: Factors, target: Tensor) -> None:
-    """Scale the first weight factor so that the matrix has the target's norm: descent then starts at the right size."""
-    specs = fmt.factors(*target.shape)
-    norm = fmt.dense(factors, *target.shape).norm()
-    weights = [name for name, spec in specs.items() if spec.role == "weight"]
-    if weights and target.norm() == 0:
-        factors[weights[-1]] = torch.zeros_like(factors[weights[-1]])
-    elif weights and norm > 0:
-        factor = (target.norm() / norm) ** (1 / len(weights))
-        for name in weights:
-            factors[name] = factors[name] * factor
 
 
 def _to_json(value: Any) -> Any:
@@ -684,23 +387,3 @@ def _label(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return value.label() if isinstance(value, Format) else str(value)
-
-
-__all__ = [
-    "Budget",
-    "Component",
-    "Cost",
-    "Factor",
-    "Factors",
-    "Format",
-    "Traits",
-    "balanced_norms",
-    "check_factors",
-    "new_factors",
-    "normal_",
-    "orthonormalize_",
-    "prefixed",
-    "require_rank",
-    "require_solver",
-    "unprefixed",
-]

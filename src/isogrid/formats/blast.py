@@ -12,17 +12,12 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, descend, low_rank, project_slices, rank_bound, shared_bases, squared_norm
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    orthonormalize_,
-    require_rank,
-    require_solver,
-)
+from isogrid.formats.base import Format
+from isogrid.formats.checks import require_rank, require_solver
+from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import pad_features, pad_matrix
+from isogrid.formats.start import Component, orthonormalize_
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)

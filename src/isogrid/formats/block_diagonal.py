@@ -11,8 +11,13 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, cholesky
-from isogrid.formats.base import Budget, Component, Factor, Factors, Format, Traits, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Budget
+from isogrid.formats.checks import require_solver
+from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import pad_features, pad_matrix
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,12 @@ from isogrid.fitting import (
     chain_project,
     chain_shapes,
 )
-from isogrid.formats.base import (
-    Component,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    balanced_norms,
-    require_rank,
-    require_solver,
-)
+from isogrid.formats.base import Format
+from isogrid.formats.checks import require_rank, require_solver
+from isogrid.formats.factors import Factor, Factors, balanced_norms
 from isogrid.formats.sizes import nearest_sides
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)

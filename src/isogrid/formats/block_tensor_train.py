@@ -12,8 +12,12 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, fit_slices, project_slices, rank_bound
-from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.checks import require_rank, require_solver
+from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import balanced_pair, greedy_pair, pad_features, pad_matrix
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 from isogrid.kernels import two_stage
 
 

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep
-from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, prefixed, unprefixed
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Budget, Cost
+from isogrid.formats.factors import Factor, Factors, prefixed, unprefixed
 from isogrid.formats.monarch import Monarch
+from isogrid.formats.start import Component
 
 # Inside the root, so that a factor of zeros has a finite gradient.
 RMS_EPSILON = 1e-8

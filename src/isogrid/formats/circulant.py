@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting import Metric, cholesky, widened
-from isogrid.formats.base import Cost, Factor, Factors, Format, Traits, normal_, prefixed, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Cost
+from isogrid.formats.checks import require_solver
+from isogrid.formats.factors import Factor, Factors, prefixed
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.permuted import Permuted
 from isogrid.formats.product import Product
 from isogrid.formats.sizes import pad_matrix, stride_order
+from isogrid.formats.start import normal_
+from isogrid.formats.traits import Traits
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting import Metric
-from isogrid.formats.base import Factor, Factors, Format, Traits, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.checks import require_solver
+from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting import Metric, low_rank, rank_errors
-from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_rank, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.checks import require_rank, require_solver
+from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting import Metric, dominant_inputs, low_rank, rank_errors
-from isogrid.formats.base import Component, Factor, Factors, Format, Traits, normal_, require_rank, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.checks import require_rank, require_solver
+from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.start import Component, normal_
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, fit_slices, project_slices, rank_bound
-from isogrid.formats.base import Component, Factor, Factors, Format, Traits, require_solver
+from isogrid.formats.base import Format
 from isogrid.formats.block_tensor_train import BlockTensorTrain
+from isogrid.formats.checks import require_solver
+from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import pad_features, pad_matrix, stride_order
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 from isogrid.kernels import two_stage
 
 

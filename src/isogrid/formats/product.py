@@ -13,8 +13,13 @@ from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import Metric, rank_bound
-from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, Traits, prefixed, unprefixed
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Budget, Cost
+from isogrid.formats.checks import too_small
+from isogrid.formats.factors import Factor, Factors, prefixed, unprefixed
 from isogrid.formats.monarch import Monarch
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Product(Format):
         left = budget.limit - sum(least)
         if left < 0:
             cost = dataclasses.replace(self, parts=tuple(parts)).cost(out_features, in_features, budget.dtype)
-            raise BudgetError(self._too_small(out_features, in_features, budget, cost))
+            raise too_small(self, out_features, in_features, budget, cost)
         entries = [rows * columns for rows, columns in shapes]
         for i, (part, shape) in enumerate(zip(self.parts, shapes, strict=True)):
             share = left * entries[i] // sum(entries[i:])

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import Metric, cholesky
-from isogrid.formats.base import Budget, Component, Cost, Factor, Factors, Format, Traits, normal_, require_solver
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Budget, Cost
+from isogrid.formats.checks import require_solver
+from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.start import Component, normal_
+from isogrid.formats.traits import Traits
 
 # Rows are refitted in groups of about this many numbers in their normal equations.
 REFIT_NUMBERS = 2**25

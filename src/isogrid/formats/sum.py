@@ -11,19 +11,13 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, squared_norm
-from isogrid.formats.base import (
-    Budget,
-    Component,
-    Cost,
-    Factor,
-    Factors,
-    Format,
-    prefixed,
-    require_solver,
-    unprefixed,
-)
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Budget, Cost
+from isogrid.formats.checks import require_solver
+from isogrid.formats.factors import Factor, Factors, prefixed, unprefixed
 from isogrid.formats.low_rank import LowRank
 from isogrid.formats.monarch import Monarch
+from isogrid.formats.start import Component
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,13 @@ from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, alternating_least_squares, leading_left, rank_bound
-from isogrid.formats.base import (
-    Component,
-    Cost,
-    Factor,
-    Factors,
-    Format,
-    Traits,
-    balanced_norms,
-    require_rank,
-    require_solver,
-)
+from isogrid.formats.base import Format
+from isogrid.formats.budget import Cost
+from isogrid.formats.checks import require_rank, require_solver
+from isogrid.formats.factors import Factor, Factors, balanced_norms
 from isogrid.formats.sizes import nearest_sides
+from isogrid.formats.start import Component
+from isogrid.formats.traits import Traits
 
 
 @dataclass(frozen=True)
