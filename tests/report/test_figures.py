@@ -11,7 +11,8 @@ import pytest
 
 from isogrid import IsogridError
 from isogrid.report import error_per_layer, quality_against_size, save_figure
-from isogrid.report.figures import format_style, layer_kinds
+from isogrid.report.figures import layer_kinds
+from isogrid.report.series import format_style
 
 pytest.importorskip("matplotlib")
 

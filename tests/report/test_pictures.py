@@ -12,7 +12,7 @@ from isogrid.formats import registered
 from isogrid.formats.anatomy import anatomy
 from isogrid.report import block_picture, block_text, picture_sheet
 from isogrid.report.blocks import colored_factors
-from isogrid.report.figures import png_bytes
+from isogrid.report.canvas import png_bytes
 from tests.formats.cases import middle_member
 
 pytest.importorskip("matplotlib")

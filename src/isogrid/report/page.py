@@ -10,33 +10,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isogrid.errors import IsogridError
-from isogrid.report.figures import error_per_layer, png_bytes, quality_against_size, save_figure
+from isogrid.report.canvas import png_bytes, save_figure
+from isogrid.report.figures import error_per_layer, quality_against_size
 from isogrid.report.files import replace_file, write_json
-from isogrid.report.tables import (
-    Column,
+from isogrid.report.numbers import format_bytes, format_count, format_keep, format_percent, format_quality, plain
+from isogrid.report.rows import (
     Data,
     Row,
-    T,
     all_rows,
     best_rows,
-    capitalized,
-    format_bytes,
-    format_count,
-    format_keep,
-    format_percent,
-    format_quality,
     has_quality,
-    layer_columns,
-    layer_totals,
     lower_is_better,
-    markdown_page,
-    plain,
     quality_name,
     requested_keeps,
     row_name,
+    warnings_of,
+)
+from isogrid.report.tables import (
+    Column,
+    T,
+    capitalized,
+    layer_columns,
+    layer_totals,
+    markdown_page,
     table_columns,
     table_legend,
-    warnings_of,
 )
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
     written before the error is raised.
 
     Args:
-        data: the data of a table (see `isogrid.report.tables`).
+        data: the data of a table (see `isogrid.report.rows`).
         folder: where to; it is made when missing.
 
     Returns:
@@ -81,7 +79,7 @@ def write_page(data: Data, path: str | Path) -> Path:
     It asks the network for nothing and runs no script, so it can be mailed, archived and read offline.
 
     Args:
-        data: the data of a table (see `isogrid.report.tables`).
+        data: the data of a table (see `isogrid.report.rows`).
         path: the file, written whole or not at all.
 
     Returns:

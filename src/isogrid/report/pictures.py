@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from isogrid.report.blocks import Color, ColoredFactor, colored_factors, dependence, rgb
-from isogrid.report.figures import BAND, FAINT, INK, empty_figure
+from isogrid.report.canvas import BAND, FAINT, INK, empty_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,190 +1,42 @@
-"""Compression tables for a terminal and for Markdown, and the numbers in them as people read them.
-
-Everything here reads one plain dict, the data of a table: keys ``title``, ``command``, ``model``, ``created``,
-``machine``, ``settings``, ``quality``, ``dense``, ``rows``, ``notes``. Only ``dense``, ``rows`` and the ``label`` of
-each row must be there; what is absent is shown as a dash, and a column that nothing fills is left out.
-"""
+"""Compression tables for a terminal and for Markdown, of the data described in `isogrid.report.rows`."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from isogrid.errors import IsogridError
+from isogrid.report.numbers import (
+    ABSENT,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_gap,
+    format_keep,
+    format_milliseconds,
+    format_percent,
+    format_quality,
+    format_ratio,
+    plain,
+)
+from isogrid.report.rows import (
+    Data,
+    Layer,
+    Row,
+    all_rows,
+    best_rows,
+    lower_is_better,
+    over_budget,
+    quality_name,
+    warnings_of,
+)
 
-Data = Mapping[str, Any]
-Row = Mapping[str, Any]
-Layer = Mapping[str, Any]
 T = TypeVar("T")
-
-ABSENT = "–"
-
-# An achieved share may pass the requested one by rounding only; beyond this it is said, and the row wins no comparison.
-KEEP_TOLERANCE = 0.001
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers for people
-
-
-def format_bytes(count: float | None) -> str:
-    """Decimal units, as disks and file managers count: ``215_300_000`` -> ``"215.3 MB"``."""
-    if count is None or not math.isfinite(count):
-        return _not_finite(count)
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= 0.99995 * size:  # 999_999 bytes are 1.0 MB, not 1000.0 kB
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_count(count: float | None) -> str:
-    """A number of parameters: exact below ten thousand, then ``"84.93 M"``."""
-    if count is None or not math.isfinite(count):
-        return _not_finite(count)
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if abs(count) >= 0.999995 * size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 1e3:.2f} K" if abs(count) >= 1e4 else f"{count:,.0f}"
-
-
-def format_quality(value: float | None) -> str:
-    """Four digits or so at any size: ``0.8312``, ``31.40``, ``311.5``, ``1,204``, ``2.7e7``, ``inf``, ``nan``."""
-    if value is None or not math.isfinite(value):
-        return _not_finite(value)
-    size = abs(value)
-    if size >= 99_999.5:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa}e{int(exponent)}"
-    if size >= 999.95:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if size >= 99.995 else f"{value:.2f}" if size >= 1 else f"{value:.4f}"
-
-
-def format_gap(value: float | None) -> str:
-    """A difference of logarithms with its sign: ``"+0.123"``."""
-    return _not_finite(value) if value is None or not math.isfinite(value) else f"{value:+.3f}"
-
-
-def format_percent(fraction: float | None) -> str:
-    """A fraction: ``0.5`` -> ``"50.0%"``."""
-    return _not_finite(fraction) if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}%"
-
-
-def format_keep(keep: float | None) -> str:
-    """A requested share with no more digits than were asked for: ``"75%"``, ``"12.5%"``."""
-    return _not_finite(keep) if keep is None or not math.isfinite(keep) else f"{100 * keep:.5g}%"
-
-
-def format_duration(seconds: float | None) -> str:
-    """Seconds in the unit a person would choose: ``"0.4 s"``, ``"42 s"``, ``"3.4 min"``, ``"2.1 h"``."""
-    if seconds is None or not math.isfinite(seconds):
-        return _not_finite(seconds)
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3597 else f"{seconds / 3600:.1f} h"
-
-
-def format_milliseconds(value: float | None) -> str:
-    """A latency: ``"12.3 ms"``."""
-    return _not_finite(value) if value is None or not math.isfinite(value) else f"{value:.1f} ms"
-
-
-def format_ratio(value: float | None) -> str:
-    """A speed as a multiple of another: ``"1.42×"``."""
-    return _not_finite(value) if value is None or not math.isfinite(value) else f"{value:.2f}×"
-
-
-def _not_finite(value: float | None) -> str:
-    if value is None:
-        return ABSENT
-    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the rows say
-
-
-def all_rows(data: Data) -> list[Row]:
-    """The dense row, then the others in their order.
-
-    Raises:
-        IsogridError: ``dense`` or ``rows`` is missing, or a row has no label.
-    """
-    for key, kind, example in (("dense", Mapping, "the dense model's row"), ("rows", Sequence, "a list of rows")):
-        if not isinstance(data.get(key), kind):
-            raise IsogridError(f"table {data.get('title', '')!r}: {key!r} is {data.get(key)!r}; give {example}")
-    others: list[Row] = list(data["rows"])
-    for index, row in enumerate(others):
-        if not isinstance(row, Mapping) or not row.get("label"):
-            raise IsogridError(f"table {data.get('title', '')!r}: rows[{index}] has no 'label'; name every row")
-    return [{"label": "dense", "format": "dense", **data["dense"]}, *others]
-
-
-def has_quality(data: Data) -> bool:
-    """Whether any row's quality was measured."""
-    return any(row.get("quality") is not None for row in all_rows(data))
-
-
-def quality_name(data: Data) -> str:
-    """What the quality is called: ``"perplexity"``."""
-    return str((data.get("quality") or {}).get("name") or "quality")
-
-
-def lower_is_better(data: Data) -> bool:
-    """Whether a smaller quality number is the better one.
-
-    Raises:
-        IsogridError: ``quality["better"]`` is neither "lower" nor "higher".
-    """
-    better = (data.get("quality") or {}).get("better", "lower")
-    if better not in ("lower", "higher"):
-        raise IsogridError(f"quality {quality_name(data)!r}: better is {better!r}; write 'lower' or 'higher'")
-    return bool(better == "lower")
-
-
-def row_name(row: Row) -> str:
-    """The label, and whether the row is calibrated where its label leaves that open."""
-    label = str(row["label"])
-    return f"{label}, calibrated" if row.get("calibrated") and "calibrated" not in label.lower() else label
-
-
-def over_budget(row: Row) -> bool:
-    """Whether the row keeps more than was asked for."""
-    requested, achieved = row.get("requested_keep"), row.get("achieved_keep")
-    return requested is not None and achieved is not None and achieved > requested + KEEP_TOLERANCE
-
-
-def requested_keeps(data: Data) -> list[float]:
-    """The different requested shares, largest first."""
-    asked = {row.get("requested_keep") for row in all_rows(data)[1:]}
-    return sorted((keep for keep in asked if keep is not None), reverse=True)
-
-
-def best_rows(data: Data) -> dict[float, Row | None]:
-    """The row of best quality at each requested keep, largest keep first.
-
-    A row with no finite quality, or one that keeps more than was asked for, wins nothing; None where no row is left.
-    """
-    sign = 1 if lower_is_better(data) else -1
-    best: dict[float, Row | None] = {}
-    for keep in requested_keeps(data):
-        eligible = [
-            row
-            for row in all_rows(data)[1:]
-            if row.get("requested_keep") == keep
-            and row.get("quality") is not None
-            and math.isfinite(row["quality"])
-            and not over_budget(row)
-        ]
-        best[keep] = min(eligible, key=lambda row: sign * row["quality"], default=None)
-    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,22 +243,6 @@ def markdown_page(data: Data) -> str:
         # Indented, not fenced: no text can end the block.
         parts.append("".join(f"    {line}\n" for line in str(data["command"]).splitlines()))
     return "\n".join(parts)
-
-
-def warnings_of(data: Data) -> list[tuple[str, str]]:
-    """Every row's warnings, each with the name and keep of its row."""
-    return [
-        (row_name(row) + ("" if (keep := row.get("requested_keep")) is None else f" at keep {format_keep(keep)}"), text)
-        for row in all_rows(data)
-        for text in row.get("warnings") or ()
-    ]
-
-
-def plain(value: object) -> str:
-    """A setting as text: long integers get their separators, floats lose their tails."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
 
 
 def _escape_markdown(text: str) -> str:

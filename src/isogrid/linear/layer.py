@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,92 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import widened
 from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
-
-# Reading these of a dense view costs nothing; everything else needs the numbers.
-_METADATA: frozenset[Any] = frozenset(
-    {
-        *(vars(torch._C.TensorBase)[name].__get__ for name in ("dtype", "device", "shape", "ndim", "layout")),
-        *(vars(torch._C.TensorBase)[name].__get__ for name in ("is_cuda", "is_meta")),
-        torch.Tensor.size,
-        torch.Tensor.dim,
-        torch.Tensor.numel,
-        torch.Tensor.element_size,
-        torch.Tensor.is_floating_point,
-    }
-)
-
-
-class DenseView(torch.Tensor):
-    """A layer's dense ``(out, in)`` matrix that is computed when its numbers are first used.
-
-    Libraries read ``layer.weight.dtype`` or ``.device`` on every forward pass (T5, PEFT); that must cost nothing. Any
-    other use multiplies the factors out, under autograd where they require it.
-    """
-
-    _materialize: Callable[[], Tensor]
-
-    @staticmethod
-    def __new__(cls, layer: StructuredLinear) -> DenseView:
-        """A view that has the layer's sizes, dtype and device, and no storage."""
-        like = layer.floating_factor()
-        view = torch.Tensor._make_wrapper_subclass(
-            cls, (layer.out_features, layer.in_features), dtype=like.dtype, device=like.device
-        )
-        view._materialize = layer.dense
-        return view
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Metadata from the view itself, everything else from the dense matrix."""
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        # transformers initialises whatever has a weight: that must reach neither a factor nor the kept matrix.
-        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            DenseView,
-            lambda view: view._materialize().clone() if writes else view._materialize(),
-            (args, kwargs or {}),
-        )
-        return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Reached by code that bypasses ``__torch_function__``."""
-        args, kwargs = torch.utils._pytree.tree_map_only(
-            DenseView, lambda view: view._materialize(), (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-
-class _Snapshot:
-    """Which tensors the factors were, and in which state.
-
-    Weak references, since an id is used again when its tensor is gone; the storage's address beside the version, since
-    ``parameter.data = …`` changes the one and not the other.
-    """
-
-    def __init__(self, factors: Mapping[str, Tensor]) -> None:
-        self.seen = [(weakref.ref(value), self._state(value)) for value in factors.values()]
-
-    @staticmethod
-    def _state(value: Tensor) -> tuple[int, int]:
-        local = value.to_local() if hasattr(value, "to_local") else value
-        return value._version, local.data_ptr()
-
-    def is_current(self, factors: Mapping[str, Tensor]) -> bool:
-        """Whether these are the same tensors, unchanged."""
-        return all(
-            reference() is value and state == self._state(value)
-            for (reference, state), value in zip(self.seen, factors.values(), strict=True)
-        )
+from isogrid.linear.dense_layers import linear_matrix
+from isogrid.linear.dense_view import DenseView, Snapshot
 
 
 class StructuredLinear(nn.Module):
@@ -164,7 +79,7 @@ class StructuredLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
-        self._cached_dense: tuple[_Snapshot, Tensor] | None = None
+        self._cached_dense: tuple[Snapshot, Tensor] | None = None
         specs = format.factors(out_features, in_features)
         self._factor_names = tuple(specs)
         for name, spec in specs.items():
@@ -274,7 +189,7 @@ class StructuredLinear(nn.Module):
             return self.format.dense(factors, self.out_features, self.in_features)
         if self._cached_dense is None or not self._cached_dense[0].is_current(self.factors):
             dense = self.format.dense(factors, self.out_features, self.in_features).detach()
-            self._cached_dense = _Snapshot(self.factors), dense
+            self._cached_dense = Snapshot(self.factors), dense
         return self._cached_dense[1]
 
     @property
@@ -333,117 +248,3 @@ class StructuredLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, format and bias."""
         return f"{self.in_features}, {self.out_features}, {self.format.label()}, bias={self.bias is not None}"
-
-
-def convert(
-    layer: StructuredLinear, to: Format | str | Mapping[str, Any], *, tolerance: float | None = None, **options: Any
-) -> tuple[StructuredLinear, float]:
-    """The same layer in another format, and the relative error of its matrix.
-
-    Args:
-        layer: the layer; it is not changed.
-        to: the target format. Where an exact way is known (`Format.rewritten`: Monarch as a Block Tensor-Train, a
-            square circulant as a product of permuted Monarchs), it is taken, and nothing is fitted. Else, where the
-            size is open (``LowRankLight()``, ``Permuted(Monarch(8))``), the smallest member within the tolerance is
-            found: low rank becomes Low-Rank Light of the same rank, BlockDense low rank of its rank, and so on.
-        tolerance: relative Frobenius error allowed in that search; None: 1e-12 for float64 layers, else 1e-6.
-        options: of the target format's fit; with any, the matrix is fitted also where an exact way is known.
-
-    Returns:
-        (layer in the layer's dtype and on its device, error measured in float64 before rounding to that dtype).
-
-    Raises:
-        IsogridError: no member of the format comes within the tolerance; the message says how near the largest does.
-    """
-    fmt = as_format(to)
-    like = layer.floating_factor()
-    wide = {name: widened(value) if value.is_floating_point() else value for name, value in layer.factors.items()}
-    sizes = layer.out_features, layer.in_features
-    with torch.no_grad():
-        matrix = layer.format.dense(wide, *sizes).detach()
-    norm = matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
-
-    def fit(member: Format) -> tuple[dict[str, Tensor], float]:
-        factors = member.fit(matrix, **options)
-        return factors, float((matrix - member.dense(factors, *sizes)).norm() / norm)
-
-    with torch.no_grad():
-        exact = None if options else layer.format.rewritten(fmt, wide, *sizes)
-    sizable = _sizable(fmt)
-    if exact is not None:
-        fmt, factors = exact
-        error = float((matrix - fmt.dense(factors, *sizes)).norm() / norm)
-    elif sizable is None or _fixed_size(sizable):
-        factors, error = fit(fmt)
-    else:
-        allowed = tolerance if tolerance is not None else 1e-12 if like.dtype == torch.float64 else 1e-6
-        low, high = 1, max(sizable.size_limit(*sizes), 1)
-        fmt_high = _with_size(fmt, high)
-        factors, error = fit(fmt_high)
-        if error > allowed:
-            raise IsogridError(
-                f"{fmt.label()}: no {sizes[0]} x {sizes[1]} member comes within {allowed:g} of {layer.format.label()}; "
-                f"the largest, {fmt_high.label()}, has relative error {error:.3g}"
-            )
-        best = fmt_high
-        while low < high:
-            middle = (low + high) // 2
-            member = _with_size(fmt, middle)
-            found, reached = fit(member)
-            if reached <= allowed:
-                high, best, factors, error = middle, member, found, reached
-            else:
-                low = middle + 1
-        fmt = best
-    specs = fmt.factors(*sizes)
-    stored = {name: value.to(like.device, specs[name].dtype or like.dtype) for name, value in factors.items()}
-    bias = None if layer.bias is None else layer.bias.detach().clone()
-    return StructuredLinear.from_factors(fmt, stored, *sizes, bias=bias).train(layer.training), error
-
-
-def _sizable(fmt: Format) -> Format | None:
-    """The format whose size a search moves: the format, or the one that it only wraps (Permuted, Capped); or None."""
-    if fmt.size_field is not None:
-        return fmt
-    inner = getattr(fmt, "inner", None)
-    return _sizable(inner) if isinstance(inner, Format) else None
-
-
-def _with_size(fmt: Format, size: int) -> Format:
-    """The member of another size, within what it is wrapped in."""
-    if fmt.size_field is not None:
-        return fmt.with_size(size)
-    inner = getattr(fmt, "inner", None)
-    assert isinstance(inner, Format)
-    changes: dict[str, Any] = {"inner": _with_size(inner, size)}
-    return dataclasses.replace(fmt, **changes)
-
-
-def _fixed_size(fmt: Format) -> bool:
-    """Whether a format's size was chosen by hand: then it is kept."""
-    assert fmt.size_field is not None
-    default = next(field.default for field in dataclasses.fields(fmt) if field.name == fmt.size_field)
-    return bool(getattr(fmt, fmt.size_field) != default)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an ``nn.Linear`` or a transformers ``Conv1D`` (a linear layer with W transposed)."""
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    # By name: importing transformers to compare classes would cost every user seconds.
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def linear_matrix(module: nn.Module) -> Tensor:
-    """The detached ``(out, in)`` matrix of an ``nn.Linear`` or ``Conv1D``.
-
-    Raises:
-        IsogridError: the module is neither.
-    """
-    if isinstance(module, nn.Linear):
-        return module.weight.detach()
-    if _is_conv1d(module):
-        return module.weight.detach().mT  # type: ignore[operator]
-    raise IsogridError(f"expected nn.Linear or transformers' Conv1D, got {type(module).__name__}")

@@ -1,0 +1,7 @@
+"""The layer that holds one matrix in one format."""
+
+from isogrid.linear.convert import convert
+from isogrid.linear.dense_layers import is_linear, linear_matrix
+from isogrid.linear.layer import StructuredLinear
+
+__all__ = ["StructuredLinear", "convert", "is_linear", "linear_matrix"]
