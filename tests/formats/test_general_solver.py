@@ -7,10 +7,11 @@ from typing import ClassVar
 import pytest
 import torch
 
-from isogrid import BlockTensorTrain, Format, IsogridError, LowRank, Metric, Monarch
+from isogrid import Blast, BlockTensorTrain, Format, IsogridError, Kronecker, LowRank, Metric, Monarch
 from isogrid.fitting import alternating_least_squares, squared_norm
 from isogrid.formats import new_factors
 from tests.formats.cases import gaussian, generator, ill_conditioned
+from tests.formats.test_known_answers import theory
 
 
 def plain(fmt: Format, target, metric, **options):
@@ -81,3 +82,39 @@ def test_the_general_solver_never_ends_above_the_own_fit(fmt):
     assert general.objective <= own.objective * (1 + 1e-12)
     if fmt.traits.optimal_under_metric:
         assert general.objective == pytest.approx(own.objective, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "best"),
+    [
+        (Kronecker(1, out_factors=(3, 4), in_factors=(4, 4)), 62.498557),
+        (Kronecker(3, out_factors=(3, 4), in_factors=(4, 4)), 7.393650),
+        (BlockTensorTrain(1, out_factors=(4, 3), in_factors=(4, 4)), 6.010469),
+        (Blast(2, 4), 6.880575),
+        pytest.param(Blast(4, 4), 0.773235, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_the_general_solver_finds_the_documented_best_of_many_restarts(fmt, best):
+    known = theory()
+    _, report = fmt.fit_and_report(known["W"], Metric(known["C"]), solver="general")
+    assert report.objective <= best + 1e-6  # fitting theory 9, printed to six digits
+
+
+def test_the_general_solver_recovers_a_planted_member():
+    fmt = Blast(2, 3)
+    factors = new_factors(fmt, 9, 12, dtype=torch.float64)
+    fmt.initialize(factors, 9, 12, generator(1))
+    target = fmt.dense(factors, 9, 12)
+    _, report = fmt.fit_and_report(target, ill_conditioned(12), solver="general")
+    assert report.error < 1e-6
+
+
+def test_the_general_solver_takes_large_matrices_and_any_grad_mode():
+    target, metric = gaussian(48, 64), ill_conditioned(64)
+    _, own = BlockTensorTrain(1).fit_and_report(target, metric)
+    with torch.inference_mode():
+        _, general = BlockTensorTrain(1).fit_and_report(target, metric, solver="general")
+        _, small = BlockTensorTrain(1).fit_and_report(target[:6, :8], None, solver="general")
+    assert general.objective < 0.99 * own.objective
+    assert small.objective == pytest.approx(small.lower_bound, rel=1e-6)

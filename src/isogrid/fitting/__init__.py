@@ -3,7 +3,7 @@
 from isogrid.fitting.alternating import alternating_least_squares
 from isogrid.fitting.chains import chain_bonds, chain_bound, chain_multiply, chain_project, chain_shapes
 from isogrid.fitting.descent import descend
-from isogrid.fitting.general import fit_general
+from isogrid.fitting.general import fit_general, fit_thoroughly
 from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank
 from isogrid.fitting.metric import Metric, cholesky, squared_norm, widened
 from isogrid.fitting.report import FitReport, OnStep, rank_bound, rank_errors
@@ -26,6 +26,7 @@ __all__ = [
     "dominant_inputs",
     "fit_general",
     "fit_slices",
+    "fit_thoroughly",
     "leading_left",
     "low_rank",
     "project_slices",

@@ -18,6 +18,8 @@ from isogrid.fitting.report import OnStep
 Multiply = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
+@torch.inference_mode(False)  # a caller's inference mode would record no gradients
+@torch.no_grad()
 def alternating_least_squares(
     multiply: Multiply,
     start: dict[str, Tensor],
@@ -46,7 +48,11 @@ def alternating_least_squares(
     Returns:
         Factors whose objective is at most the start's.
     """
-    samples = torch.eye(target.shape[1], dtype=target.dtype, device=target.device) if metric is None else metric.root.mT
+    samples = (
+        torch.eye(target.shape[1], dtype=target.dtype, device=target.device)
+        if metric is None
+        else metric.root.mT.clone()
+    )
     wish = samples @ target.mT
     factors = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in start.items()}
     objective = float((wish - multiply(factors, samples)).square().sum())

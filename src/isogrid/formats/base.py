@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import FitReport, Metric, OnStep, fit_general, squared_norm, widened
+from isogrid.fitting import FitReport, Metric, OnStep, fit_general, fit_thoroughly, squared_norm, widened
 from isogrid.formats.budget import Budget, Cost
 from isogrid.formats.checks import check_factors, check_options, check_target, require_solver, too_small
 from isogrid.formats.factors import Factor, Factors, new_factors
 from isogrid.formats.start import Component, gaussian_start, orthonormal_start
 from isogrid.formats.traits import Traits
-
-# A matrix of so few entries gets this many random starts in a fit by the general solver: it takes seconds.
-SMALL, SMALL_RESTARTS = 2048, 20
 
 
 @dataclass(frozen=True)
@@ -199,16 +196,12 @@ class Format(ABC):
                 own = self.solve(
                     wide, on_device, solver="default", start=begin, generator=generator, on_step=None, **options
                 )
-                found = Format.solve(
-                    self,
-                    wide,
-                    on_device,
-                    solver="default",
-                    start=own,
-                    generator=generator,
-                    on_step=on_step,
-                    restarts=SMALL_RESTARTS if wide.numel() <= SMALL else 0,
-                )
+                optimal = self.traits.optimal if metric is None else self.traits.optimal_under_metric
+                found = own
+                if not optimal:
+                    found = Format.solve(
+                        self, wide, on_device, solver="general", start=own, generator=generator, on_step=on_step
+                    )
             else:
                 found = self.solve(
                     wide, on_device, solver=solver, start=begin, generator=generator, on_step=on_step, **options
@@ -239,12 +232,13 @@ class Format(ABC):
         ``steps`` (200, at most) of quasi-Newton descent on all factors. Besides ``start``, if there is one,
         ``restarts`` random starts are tried: a tenth of the work on each, all of it on the best quarter, and the best
         is kept; by default 1, none beside a start.
-        Solvers: default, or one half of it: "alternating" (needs linearity) or "descent".
+        Solvers: default, or one half of it: "alternating" (needs linearity) or "descent"; "general", which on small
+        matrices that are linear in each factor searches from many starts.
 
         An override names its options as keyword parameters; `fit` refuses all others.
         """
         linear = self.traits.linear_in_factors
-        require_solver(self, solver, ("default", "descent", "alternating") if linear else ("default", "descent"))
+        require_solver(self, solver, ("default", "general", "descent", *(["alternating"] if linear else [])))
         out_features, in_features = target.shape
         specs = self.factors(out_features, in_features)
 
@@ -253,13 +247,19 @@ class Format(ABC):
             self.initialize(begin, out_features, in_features, generator)
             return begin
 
-        return fit_general(
+        problem = (
             lambda factors, x: self.multiply(factors, x, out_features),
             random_start,
             [name for name, spec in specs.items() if spec.trainable],
             [name for name, spec in specs.items() if spec.role == "weight"],
             target,
             metric,
+        )
+        if solver == "general":
+            begin = random_start() if start is None else start
+            return fit_thoroughly(*problem, start=begin, affine=linear, on_step=on_step)
+        return fit_general(
+            *problem,
             start=start,
             restarts=int(start is None) if restarts is None else restarts,
             rounds=rounds if linear and solver != "descent" else 0,
