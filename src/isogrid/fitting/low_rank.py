@@ -51,7 +51,7 @@ def leading_left(
     if solver == "gram" or (solver == "default" and min(m, n) >= GRAM_FROM):
         wide = m <= n
         values, vectors = shared_out(torch.linalg.eigh, a @ a.mT if wide else a.mT @ a)
-        kept = vectors.flip(-1)[..., :rank]
+        kept = vectors[..., values.shape[-1] - rank :].flip(-1)
         smallest, largest = values[..., -rank], values[..., -1]
         if solver == "gram" or bool((smallest > GRAM_RESOLUTION * largest).all()):
             return kept if wide else torch.linalg.qr(a @ kept).Q
@@ -71,8 +71,9 @@ def truncated_svd(a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, sigma, vh = shared_out(torch.linalg.svd, a)
         return u[..., :rank], sigma[..., :rank], vh[..., :rank, :]
     wide = m <= n
+    a = a.contiguous()  # blocks cut from a matrix: a batched product would copy them every time
     values, vectors = shared_out(torch.linalg.eigh, a @ a.mT if wide else a.mT @ a)
-    values, vectors = values.flip(-1)[..., :rank].clamp(min=0), vectors.flip(-1)[..., :rank]
+    values, vectors = values[..., -rank:].flip(-1).clamp(min=0), vectors[..., -rank:].flip(-1)
     blurred = values[..., -1] <= GRAM_RESOLUTION * values[..., 0]
     sigma = values.sqrt()
     inverse = torch.where(blurred.unsqueeze(-1), torch.ones_like(sigma), 1 / sigma)

@@ -42,72 +42,80 @@ def shared_bases(
     left, right, coupling = (start[name].clone() for name in ("left", "right", "coupling"))
     (b, s, rank), (c, _, p) = left.shape, right.shape
     n = c * p
+    rows = target.reshape(b, s, n)
     moment = None if metric is None else metric.matrix
-    own = None
-    if moment is not None:
-        own = torch.stack([moment[j * p : (j + 1) * p, j * p : (j + 1) * p] for j in range(c)])
-        own_roots = cholesky(own)
-    whole = float((target * (target if moment is None else target @ moment)).sum())
+    by_group = None if moment is None else moment.view(c, p, n)
+    rows_moment = rows if moment is None else rows @ moment
+    whole = float((rows * rows_moment).sum())
     if whole <= 0:
         return 0.0, {"left": torch.zeros_like(left), "right": right, "coupling": coupling}
+    if by_group is not None:
+        own = torch.stack([by_group[j, :, j * p : (j + 1) * p] for j in range(c)])
+        own_roots = cholesky(own)
 
-    def expanded() -> Tensor:
-        """``(b, rank, n)``: what row block i multiplies its left basis with."""
-        return (coupling.unsqueeze(-1) * right.unsqueeze(0)).transpose(1, 2).reshape(b, rank, n)
+    def expanded() -> tuple[Tensor, Tensor]:
+        """``(b, rank, n)``: what row block i multiplies its left basis with, and that times the metric."""
+        stage = left.new_empty(b, rank, c, p)
+        torch.mul(coupling.transpose(1, 2).unsqueeze(-1), right.transpose(0, 1), out=stage)
+        stage = stage.view(b, rank, n)
+        if by_group is None:
+            return stage, stage
+        # The couplings mix what the column bases make of the metric: rank small products instead of b large ones.
+        moved = torch.bmm(right, by_group)  # (c, rank, n)
+        return stage, torch.bmm(coupling.permute(2, 0, 1), moved.transpose(0, 1)).transpose(0, 1)
 
     def measure() -> tuple[float, Tensor]:
-        """Objective, and the error times the metric ``(b, s, n)``."""
-        error = left @ expanded() - target.view(b, s, n)
-        weighted = error if moment is None else error @ moment
-        return float((error * weighted).sum()), weighted
+        """Objective, and the error times the metric ``(b, s, n)``, with the present stages."""
+        error = torch.baddbmm(rows, left, stage, beta=-1)
+        weighted = error if moment is None else torch.baddbmm(rows_moment, left, stage_moment, beta=-1)
+        return float(error.flatten().dot(weighted.flatten())), weighted
 
+    stage, stage_moment = expanded()
     value, weighted = measure()
     best = value, {"left": left.clone(), "right": right.clone(), "coupling": coupling.clone()}
     for sweep in range(sweeps):
         length = 1 + (relaxation - 1) * max(0.0, 1 - 1.5 * sweep / max(sweeps, 1))
         ridge = damping * (max(value, 0.0) / whole) ** 0.5 + 1e-13
         # Left bases: row blocks are independent of each other.
-        stage = expanded()
-        gram = (stage if moment is None else stage @ moment) @ stage.mT
-        left = left - length * _apply_inverse(weighted @ stage.mT, gram, ridge)
-        value, weighted = measure()
+        delta = -length * _apply_inverse(weighted @ stage.mT, stage_moment @ stage.mT, ridge)
+        left = left + delta
+        weighted.baddbmm_(delta, stage_moment)
         # Right bases and couplings: with a metric the column blocks feel each other, so they go in turn.
         inner = left.mT @ left  # (b, rank, rank)
-        for j in range(c) if moment is not None else [slice(None)]:
-            columns = slice(j * p, (j + 1) * p) if isinstance(j, int) else slice(None)
-            wish = weighted[..., columns]
-            if isinstance(j, int):
-                assert own is not None
-                step = torch.einsum("bsr,bsp,br->rp", left, wish, coupling[:, j])
-                basis = torch.einsum("brt,br,bt->rt", inner, coupling[:, j], coupling[:, j])
+        if moment is not None:
+            changed = left.new_empty(b, s, n)  # what the column blocks so far have changed
+            for j in range(c):
+                columns = slice(j * p, (j + 1) * p)
+                wish = weighted[..., columns] + changed[..., : j * p] @ moment[: j * p, columns]
+                # (rank, p): the row blocks' slopes, summed under their couplings
+                step = (coupling[:, j].unsqueeze(-1) * (left.mT @ wish)).sum(0)
+                basis = (coupling[:, j].unsqueeze(1) * coupling[:, j].unsqueeze(2) * inner).sum(0)
                 step = torch.cholesky_solve(step.mT, own_roots[j]).mT
-                change = -length * _apply_inverse(step.mT, basis, ridge).mT
                 old = coupling[:, j].unsqueeze(-1) * right[j]
-                right[j] += change
+                right[j] -= length * _apply_inverse(step.mT, basis, ridge).mT
                 difference = left @ (coupling[:, j].unsqueeze(-1) * right[j] - old)  # (b, s, p)
-                here = wish + difference @ own[j]
-                slope = torch.einsum("bsr,bsp,rp->br", left, here, right[j])
+                wish += difference @ own[j]
+                slope = ((left.mT @ wish) * right[j]).sum(-1)
                 hessian = inner * (right[j] @ own[j] @ right[j].mT)
-                delta = -length * _apply_inverse(slope.unsqueeze(1), hessian, ridge)[:, 0]
-                coupling[:, j] += delta
-                difference = difference + left @ (delta.unsqueeze(-1) * right[j])
-                assert moment is not None
-                weighted = weighted + difference @ moment[columns]
-            else:
-                by_column = weighted.view(b, s, c, p)
-                step = torch.einsum("bsr,bscp,bcr->crp", left, by_column, coupling)
-                basis = torch.einsum("brt,bcr,bct->crt", inner, coupling, coupling)
-                right = right - length * _apply_inverse(step.mT, basis, ridge).mT
-                value, weighted = measure()
-                by_column = weighted.view(b, s, c, p)
-                slope = torch.einsum("bcrp,crp->bcr", torch.einsum("bsr,bscp->bcrp", left, by_column), right)
-                hessian = inner.unsqueeze(1) * (right @ right.mT).unsqueeze(0)  # (b, c, rank, rank)
-                coupling = coupling - length * _apply_inverse(slope.unsqueeze(2), hessian, ridge)[:, :, 0]
+                coupling[:, j] -= length * _apply_inverse(slope.unsqueeze(1), hessian, ridge)[:, 0]
+                changed[..., columns] = left @ (coupling[:, j].unsqueeze(-1) * right[j] - old)
+        else:
+            step = torch.einsum("brcp,bcr->crp", (left.mT @ weighted).view(b, rank, c, p), coupling)
+            basis = torch.einsum("brt,bcr,bct->crt", inner, coupling, coupling)
+            right = right - length * _apply_inverse(step.mT, basis, ridge).mT
+            stage, stage_moment = expanded()
+            _, weighted = measure()
+            slope = torch.einsum("brcp,crp->cbr", (left.mT @ weighted).view(b, rank, c, p), right)
+            for j in range(c):
+                hessian = inner * (right[j] @ right[j].mT)
+                coupling[:, j] -= length * _apply_inverse(slope[j].unsqueeze(1), hessian, ridge)[:, 0]
+        stage, stage_moment = expanded()
         value, weighted = measure()
         if value < best[0]:
             best = value, {"left": left.clone(), "right": right.clone(), "coupling": coupling.clone()}
         elif not value < 1e3 * best[0]:  # the long steps have lost their way, or met a NaN: go on from the best
             left, right, coupling = (best[1][name].clone() for name in ("left", "right", "coupling"))
+            stage, stage_moment = expanded()
             value, weighted = measure()
             relaxation = 1.0
         if on_step is not None:
@@ -116,7 +124,7 @@ def shared_bases(
 
 
 def _apply_inverse(rows: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    """``rows · (gram + ridge · mean diagonal)⁻¹``, batched."""
-    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-300)
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(rows.mT, cholesky(gram + ridge * mean * eye)).mT
+    """``rows · (gram + ridge · mean diagonal)⁻¹``, batched; the ridge is added in place."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal += ridge * diagonal.mean(-1, keepdim=True).clamp(min=1e-300)
+    return torch.cholesky_solve(rows.mT, cholesky(gram)).mT
