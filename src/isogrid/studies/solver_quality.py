@@ -22,7 +22,7 @@ from isogrid.formats import (
     Monarch,
     TensorTrain,
 )
-from isogrid.report import describe_machine, progress, read_json, replace_file, today, write_json
+from isogrid.report import describe_machine, format_duration, progress, read_json, replace_file, today, write_json
 from isogrid.studies.rows import Say, remembered
 
 OUT, IN = 12, 16
@@ -155,13 +155,13 @@ def _markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['title']}",
         "",
-        "| Format | General within 1 % | better | median | worst | Own median | worst | Fifth restart | Rises |",
-        "| - | -: | -: | -: | -: | -: | -: | -: | -: |",
+        "| Format | General within 1 % | better | median | worst | Own median | worst | Fifth restart | Rises | Time |",
+        "| - | -: | -: | -: | -: | -: | -: | -: | -: | -: |",
     ]
     lines += [
         f"| `{row['format']}` | {row['within']} of {row['problems']} | {row['better']} | {row['general_median']:.4f} "
         f"| {row['general_worst']:.4f} | {row['own_median']:.4f} | {row['own_worst']:.4f} | {row['fifth']:.4f} "
-        f"| {row['rises']} |"
+        f"| {row['rises']} | {format_duration(row['seconds'])} |"
         for row in result["rows"]
     ]
     machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
@@ -170,9 +170,10 @@ def _markdown(result: dict[str, Any]) -> str:
             *lines,
             "",
             f"Objectives divided by the best of {RESTARTS} quasi-Newton descents, five of them polished. General: "
-            '`fit(..., solver="general")`; better: problems on which it ends below all restarts; rises: steps after '
-            "which the objective was larger. Own: the format's default, made for speed at the size of layers. Fifth "
-            "restart: the worst of the five that were polished.",
+            '`fit(..., solver="general")`, which goes on from the own fit and, with Levenberg-Marquardt steps, from '
+            "many starts; better: problems on which it ends below all restarts; rises: steps after which the objective "
+            "was larger; time: of own and general fit of one problem. Own: the format's default, made for speed at the "
+            "size of layers. Fifth restart: the worst of the five that were polished.",
             "",
             f"- {machine}, {result['created']}",
             "",
