@@ -19,7 +19,7 @@ def run(model, batches, visit, select=None):
 
 
 def keep_layer(model):
-    return lambda name, indices, inputs: model.get_submodule(name)
+    return lambda name, halts: model.get_submodule(name)
 
 
 def assert_nothing_left(model):
@@ -41,10 +41,9 @@ def test_layers_are_visited_once_in_the_order_of_execution_by_all_batches(name):
     for handle in handles:
         handle.remove()
 
-    def visit(layer_name, indices, inputs):
+    def visit(layer_name, halts):
         visited.append(layer_name)
-        assert indices == [0, 1, 2]
-        assert len(inputs) == 3
+        assert [halt.index for halt in halts] == [0, 1, 2]
         return model.get_submodule(layer_name)
 
     assert run(model, batches, visit) == set(executed)
@@ -63,7 +62,7 @@ def test_order_is_that_of_execution_and_not_of_definition():
 
     model, visited = Backwards(), []
 
-    def visit(name, indices, inputs):
+    def visit(name, halts):
         visited.append(name)
         return model.get_submodule(name)
 
@@ -76,14 +75,14 @@ def test_inputs_are_those_of_the_model_with_the_layers_replaced_so_far():
     batches = [models.feature_batch(seed, rows=5) for seed in range(3)]
     reference = models.blocks()
 
-    def visit(name, indices, inputs):
+    def visit(name, halts):
         expected = []
         handle = reference.get_submodule(name).register_forward_pre_hook(lambda _, args: expected.append(args[0]))
         for batch in batches:
             reference(batch)
         handle.remove()
-        for x, y in zip(inputs, expected, strict=True):
-            assert torch.equal(x, y)
+        for x, y in zip(halts, expected, strict=True):
+            assert torch.equal(x.input, y)
         old = model.get_submodule(name)
         new = nn.Linear(old.in_features, old.out_features, bias=False)
         nn.init.constant_(new.weight, 0.01 * len(name))
@@ -107,8 +106,8 @@ def test_same_inputs_every_time():
     def inputs_of_one_run():
         model, seen = models.bert(), []
 
-        def visit(name, indices, inputs):
-            seen.extend((name, x.clone()) for x in inputs)
+        def visit(name, halts):
+            seen.extend((name, halt.input.clone()) for halt in halts)
             return model.get_submodule(name)
 
         run(model, [models.padded_batch(seed) for seed in range(6)], visit)
@@ -143,8 +142,8 @@ def test_only_one_thread_runs_at_a_time():
 def test_gradients_are_off_in_the_threads():
     model = models.mlp()
 
-    def visit(name, indices, inputs):
-        assert not any(x.requires_grad for x in inputs)
+    def visit(name, halts):
+        assert not any(halt.input.requires_grad for halt in halts)
         return model.get_submodule(name)
 
     lockstep(model, forward_calls(model, [models.feature_batch()]), select_layers(model), visit)
@@ -195,7 +194,7 @@ class BreakdownError(RuntimeError):
 def test_an_exception_in_visit_propagates_and_leaves_nothing(at, error):
     model, visited = models.blocks(), []
 
-    def visit(name, indices, inputs):
+    def visit(name, halts):
         if len(visited) == at:
             raise error("here")
         visited.append(name)
@@ -271,9 +270,8 @@ def test_different_ways_all_layers_see_exactly_their_batches():
     model, seen = models.shake(Experts(), 0), {}
     signs = [1, -1, -1, 1, -1]
 
-    def visit(name, indices, inputs):
-        seen[name] = list(indices)
-        assert len(inputs) == len(indices)
+    def visit(name, halts):
+        seen[name] = [halt.index for halt in halts]
         return model.get_submodule(name)
 
     visited = run(model, [signed(sign, seed) for seed, sign in enumerate(signs)], visit, select="*")
@@ -313,8 +311,8 @@ def test_a_batch_that_comes_late_goes_through_the_replaced_layer():
     model = models.shake(Detour(), 0)
     calls = []
 
-    def visit(name, indices, inputs):
-        calls.append((name, list(indices)))
+    def visit(name, halts):
+        calls.append((name, [halt.index for halt in halts]))
         new = nn.Linear(8, 8, bias=False)
         nn.init.eye_(new.weight)
         return new
@@ -338,8 +336,8 @@ def test_two_batches_in_opposite_order():
 
     model, visited = models.shake(Swap(), 0), []
 
-    def visit(name, indices, inputs):
-        visited.append((name, list(indices)))
+    def visit(name, halts):
+        visited.append((name, [halt.index for halt in halts]))
         return model.get_submodule(name)
 
     run(model, [signed(1, 0), signed(-1, 1), signed(1, 2)], visit)

@@ -101,7 +101,9 @@ class Moments:
     source: str = "moments of the dense model"
 
 
-def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> list[Any]:
+def as_batches(
+    calibration: Any, tokenizer: Any = None, length: int = 512, rows_per_batch: int = ROWS_PER_BATCH
+) -> list[Any]:
     """Calibration data as a list of model inputs.
 
     Args:
@@ -110,6 +112,7 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
             list of texts (the last two with a tokenizer).
         tokenizer: a transformers tokenizer.
         length: window length in tokens for one text; also where texts of a list are cut.
+        rows_per_batch: about how many tokens a batch of tensors or texts has; one window at least.
 
     Raises:
         IsogridError: texts without a tokenizer, or nothing at all.
@@ -128,7 +131,7 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
         # Token windows count their tokens; images and sequences of features their rows, (…, width) each.
         inner = calibration.shape[1:-1] if calibration.is_floating_point() else calibration.shape[1:]
         per_row = inner.numel()
-        step = max(1, ROWS_PER_BATCH // max(per_row, 1))
+        step = max(1, rows_per_batch // max(per_row, 1))
         batches = [calibration[i : i + step] for i in range(0, rows, step)]
     elif isinstance(calibration, Mapping):
         batches = [calibration]
@@ -139,7 +142,7 @@ def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512) -> li
             )
         batches = list(calibration)
         if batches and all(isinstance(item, str) for item in batches):
-            batches = _padded_texts(batches, _required(tokenizer), length)
+            batches = _padded_texts(batches, _required(tokenizer), length, rows_per_batch)
     if not batches:
         raise IsogridError("calibration has no rows; give at least one batch, or None for a plain fit")
     return batches
@@ -159,13 +162,13 @@ def _windows(text: str, tokenizer: Any, length: int) -> Tensor:
     return ids[: count * length].view(count, length) if count else ids.unsqueeze(0)
 
 
-def _padded_texts(texts: Sequence[str], tokenizer: Any, length: int) -> list[Any]:
+def _padded_texts(texts: Sequence[str], tokenizer: Any, length: int, rows_per_batch: int) -> list[Any]:
     # Sorted by length: little padding, and the rows don't care for the order.
     texts = sorted(texts, key=len)
     out, at = [], 0
     while at < len(texts):
         longest = min(max(len(texts[min(at + 63, len(texts) - 1)]) // 3, 1), length)
-        step = min(64, max(1, ROWS_PER_BATCH // longest))
+        step = min(64, max(1, rows_per_batch // longest))
         out.append(
             tokenizer(texts[at : at + step], padding=True, truncation=True, max_length=length, return_tensors="pt")
         )

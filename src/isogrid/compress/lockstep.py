@@ -11,12 +11,44 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Visit = Callable[[str, list[int], list[Tensor]], nn.Module]
+from isogrid.errors import IsogridError
+
+_UNKNOWN = object()
+
+
+@dataclass
+class Halt:
+    """A batch that waits before a module, and what the module was called with.
+
+    Attributes:
+        index: of the batch; passes through the original model are numbered after the others.
+        original: whether it goes through the modules as they were.
+        args: positional arguments.
+        kwargs: arguments by name.
+        output: what the module gives, where `Visit` has computed it already: the pass goes on with that.
+    """
+
+    index: int
+    original: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = _UNKNOWN
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument, ``(..., in)`` for a linear layer."""
+        # nn.Linear calls its input so, Conv1D calls it x.
+        found: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return found
+
+
+Visit = Callable[[str, list[Halt]], nn.Module]
 
 
 class _Stop(BaseException):
@@ -29,7 +61,7 @@ class _Runner:
     def __init__(self, index: int, forward: Callable[[], Any], stack: _Current, *, original: bool = False) -> None:
         self.index = index
         self.original = original
-        self.waiting: tuple[str, Tensor] | None = None
+        self.waiting: tuple[str, Halt] | None = None
         self.finished = False
         self.error: BaseException | None = None
         self.answer: nn.Module | None = None
@@ -66,15 +98,16 @@ class _Runner:
         if self.finished:
             self._thread.join()
 
-    def halt(self, name: str, x: Tensor) -> nn.Module:
-        """Called inside the forward pass: wait at a layer; returns the module that takes its place."""
+    def halt(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Halt, nn.Module]:
+        """Called inside the forward pass: wait at a module; returns the one that takes its place."""
+        halt = Halt(self.index, self.original, args, kwargs)
         if not self._stopping:
-            self.waiting = (name, x)
+            self.waiting = (name, halt)
             self._halted.release()
             self._go.acquire()
         if self._stopping or self.answer is None:
             raise _Stop
-        return self.answer
+        return halt, self.answer
 
     def stop(self) -> None:
         """End the forward pass at its next layer, wherever it is now, and wait for that."""
@@ -104,9 +137,9 @@ def lockstep(
         model: the model whose layers are replaced in place, one after the other.
         forwards: one callable per batch; each runs the model on it.
         layers: name to module, in the order the model defines them; the modules must be in the model under these
-            names.
-        visit: ``(name, batch indices, inputs) -> module that takes the layer's place`` (it may be the layer itself).
-            Inputs are in batch order; the layer's input is its first positional argument.
+            names, and none within another. They may be layers or whole blocks.
+        visit: ``(name, halts) -> module that takes the layer's place`` (it may be the layer itself), halts in batch
+            order. Where it sets a halt's ``output``, that pass goes on with it, and no module is called.
         originals: further forward passes, numbered after the others; they halt with them, and go on through the layers
             as they were. With them, layers are replaced in the model when all is done.
 
@@ -117,19 +150,24 @@ def lockstep(
     """
     current = _Current()
     replaced: dict[str, nn.Module] = {}
+    answered: set[str] = set()  # modules that the passes have got outputs for: they have changed inside
     order = {name: place for place, name in enumerate(layers)}
 
     def gate(name: str, layer: nn.Module) -> Callable[..., Any]:
         own_forward = layer.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            # nn.Linear calls its input so, Conv1D calls it x.
-            x = args[0] if args else next(iter(kwargs.values()))
             runner = current.runner
-            module = replaced.get(name) if name in replaced or runner is None else runner.halt(name, x)
+            module = replaced.get(name)
+            if runner is not None and name in answered:
+                raise IsogridError(f"block {name!r} is run more than once in a pass; compress without refinement")
+            if module is None and runner is not None:
+                halt, module = runner.halt(name, args, kwargs)
+                if halt.output is not _UNKNOWN:
+                    return halt.output
             if module is None or module is layer or (runner is not None and runner.original):
                 return own_forward(*args, **kwargs)
-            return module(x)
+            return module(args[0] if args else next(iter(kwargs.values())))
 
         return forward
 
@@ -158,9 +196,11 @@ def lockstep(
             # batches that wait before it have yet to reach the layers behind it.
             name = min((runner.waiting[0] for runner in halted if runner.waiting is not None), key=order.__getitem__)
             here = [runner for runner in halted if runner.waiting is not None and runner.waiting[0] == name]
-            inputs = [runner.waiting[1] for runner in here if runner.waiting is not None]
-            new = visit(name, [runner.index for runner in here], inputs)
-            del inputs
+            halts = [runner.waiting[1] for runner in here if runner.waiting is not None]
+            new = visit(name, halts)
+            # Those of them that have yet to come for theirs aren't late: they wait.
+            given = any(halt.output is not _UNKNOWN for halt in halts)
+            del halts
             # An original that comes here once more has to find the layer as it was.
             if new is not layers[name] and not originals:
                 model.set_submodule(name, new)
@@ -170,6 +210,8 @@ def lockstep(
             for runner in here:
                 runner.resume(new)
                 check(runner)
+            if given:
+                answered.add(name)
     finally:
         try:
             for runner in runners:

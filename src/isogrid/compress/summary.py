@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from isogrid.compress.refine import BlockReport
 from isogrid.formats import Format
 from isogrid.linear import StructuredLinear, linear_matrix
 
@@ -78,6 +79,7 @@ class CompressionReport:
         format: the format asked for.
         requested_keep: fraction of the selected dense parameters asked for.
         layers: the rewritten layers, in the order they were fitted.
+        blocks: the refined blocks, in order; none without refinement.
         model_bytes: bytes of all tensors of the whole model now, shared ones once: what its file holds.
         dense_model_bytes: the same before.
         model_parameters: parameters of the whole model now.
@@ -90,6 +92,7 @@ class CompressionReport:
     format: Format
     requested_keep: float
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     model_bytes: int = 0
     dense_model_bytes: int = 0
     model_parameters: int = 0
@@ -130,6 +133,7 @@ class CompressionReport:
             "calibration": self.calibration,
             "warnings": list(self.warnings),
             "layers": [layer.to_dict() for layer in self.layers],
+            "blocks": [block.to_dict() for block in self.blocks],
         }
 
     def __str__(self) -> str:

@@ -1,0 +1,172 @@
+"""One layer after the other: each matrix fitted on the inputs it gets from the part that is already compressed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.compress.anchor import Drift, DriftSum, anchored_target, output_distance
+from isogrid.compress.calibrate import MomentSum, forward_calls, real_rows
+from isogrid.compress.lockstep import Halt, lockstep
+from isogrid.compress.summary import LayerReport
+from isogrid.errors import IsogridError
+from isogrid.fitting import Metric, widened
+from isogrid.formats import Format
+from isogrid.linear import StructuredLinear, linear_matrix
+
+
+@dataclass
+class Seen:
+    """One input of layers: where it came from, its metric, and the original model's rows of the same tokens."""
+
+    indices: list[int]
+    inputs: list[Tensor]
+    versions: list[int]
+    metric: Metric
+    drift: Drift | None
+    originals: list[Tensor]
+
+    def is_of(self, indices: list[int], inputs: list[Tensor]) -> bool:
+        """Whether these are the very inputs, unchanged since."""
+        return (
+            self.indices == indices
+            and all(x is known for x, known in zip(inputs, self.inputs, strict=True))
+            and self.versions == [x._version for x in inputs]
+        )
+
+    def energy(self, matrix: Tensor, *, centred: bool) -> float:
+        """``E ||W x||²`` of the original rows, or about the mean."""
+        square, total, rows = 0.0, torch.zeros(matrix.shape[0], dtype=torch.float64), 0
+        for x in self.originals:
+            y = x.to(torch.float32) @ matrix.detach().to(torch.float32).mT
+            square += float(y.square().sum(dtype=torch.float64))
+            total += y.sum(0, dtype=torch.float64).cpu()
+            rows += len(y)
+        return square / rows - (float((total / rows).square().sum()) if centred else 0.0)
+
+
+class InOrder:
+    """Visits layers as their inputs arrive; layers of one input share its metric.
+
+    Args:
+        fit: ``(layer name, metric, seen) -> module that takes its place``.
+        batches: of the calibration, whose masks tell which rows are padding.
+        anchored: whether passes through the original model come along, to be compared with.
+    """
+
+    def __init__(
+        self, fit: Callable[[str, Metric, Seen], nn.Module], batches: Sequence[Any], *, anchored: bool
+    ) -> None:
+        self.rows = 0  # most rows that any layer has seen
+        self._fit = fit
+        self._batches = batches
+        self._anchored = anchored
+        self._last: Seen | None = None
+
+    def __call__(self, name: str, halts: Sequence[Halt]) -> nn.Module:
+        """A visit of `lockstep`."""
+        indices, inputs = [halt.index for halt in halts], [halt.input for halt in halts]
+        if self._last is None or not self._last.is_of(indices, inputs):
+            self._last = self._measured(name, indices, inputs)
+        return self._fit(name, self._last.metric, self._last)
+
+    def _measured(self, name: str, indices: list[int], inputs: list[Tensor]) -> Seen:
+        batches = self._batches
+        present = {i: x for i, x in zip(indices, inputs, strict=True) if i < len(batches)}
+        before = {i - len(batches): x for i, x in zip(indices, inputs, strict=True) if i >= len(batches)}
+        total, moved, rows_before = MomentSum(), DriftSum(), []
+        # Where the streams took different ways (experts), rows have no partners.
+        paired = self._anchored and present.keys() == before.keys()
+        paired = paired and all(before[i].shape == x.shape for i, x in present.items())
+        for index, x in present.items():
+            rows = real_rows(x, batches[index])
+            total.add(rows)
+            if paired:
+                rows_before.append(real_rows(before[index], batches[index]))
+                moved.add(rows_before[-1], rows)
+        self.rows = max(self.rows, total.rows)
+        versions = [x._version for x in inputs]
+        return Seen(indices, inputs, versions, total.metric(name), moved.drift(), rows_before)
+
+
+def fit_in_order(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], visit: InOrder, *, anchored: bool
+) -> None:
+    """Fit each layer when all batches have reached it, in one pass; with the original model's passes if anchored."""
+    lockstep(model, forward_calls(model, batches), layers, visit, forward_calls(model, batches) if anchored else ())
+
+
+def fit_layer(
+    name: str,
+    linear: Any,
+    fmt: Format,
+    metric: Metric | None,
+    generator: torch.Generator,
+    options: Mapping[str, Any],
+    anchor: float,
+    seen: Seen | None,
+) -> tuple[StructuredLinear, LayerReport]:
+    """One layer's matrix in its format; with a bias and a known mean, the mean error moves into the bias."""
+    begun = time.perf_counter()
+    matrix = linear_matrix(linear)
+    out_features, in_features = matrix.shape
+    bias: Tensor | None = linear.bias
+    moves_bias = bias is not None and metric is not None and metric.mean is not None
+    cost_of_errors = metric.centred if metric is not None and moves_bias else metric
+    drift = seen.drift if seen is not None and anchor else None
+    target = matrix
+    if drift is not None and cost_of_errors is not None:
+        cross = drift.centred if moves_bias else drift.cross
+        target = anchored_target(matrix, cost_of_errors, cross, anchor).to(matrix)
+    try:
+        factors, fitted = fmt.fit_and_report(target, cost_of_errors, generator=generator, **options)
+    except IsogridError as error:
+        raise IsogridError(f"layer {name!r}: {error}") from error
+    new_bias = None if bias is None else bias.detach().clone()
+    if moves_bias and new_bias is not None and metric is not None and metric.mean is not None:
+        wide = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
+        residual = widened(matrix) - fmt.dense(wide, out_features, in_features)
+        shift = residual @ metric.mean.to(residual.device)
+        if drift is not None:
+            shift += anchor * (widened(matrix) @ drift.shift.to(residual.device))
+        new_bias = (widened(new_bias) + shift).to(new_bias)
+    reached, upstream, least = fitted.error, 0.0, fitted.least_error
+    if drift is not None and seen is not None and cost_of_errors is not None:
+        energy = seen.energy(matrix, centred=moves_bias)
+        exact = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
+        dense = fmt.dense(exact, out_features, in_features)
+        distance = partial(output_distance, matrix, cross=cross, moment=cost_of_errors.moment, energy=energy)
+        reached, upstream = (_relative(distance(of), energy) for of in (dense, widened(target)))
+        if fitted.lower_bound is not None:
+            least = min(reached, _relative(fitted.lower_bound + upstream**2 * energy, energy))
+    layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
+    layer.requires_grad_(linear.weight.requires_grad)
+    if bias is not None and layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
+    layer.train(linear.training)
+    return layer, LayerReport(
+        name=name,
+        format=fmt,
+        out_features=out_features,
+        in_features=in_features,
+        parameters=layer.cost().parameters,
+        dense_parameters=out_features * in_features,
+        error=reached,
+        least_error=least,
+        upstream=upstream,
+        iterations=fitted.iterations,
+        calibrated=metric is not None,
+        rows=None if metric is None else metric.rows,
+        bias_moved=moves_bias,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+def _relative(objective: float, whole: float) -> float:
+    return (objective / whole) ** 0.5 if whole > 0 else 0.0
