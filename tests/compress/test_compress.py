@@ -232,7 +232,7 @@ def test_report_is_json(calibrated):
     told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert told["achieved_keep"] == report.achieved_keep
     assert told["model_bytes"] == report.model_bytes
-    assert as_format(told["format"]) == report.format
+    assert as_format(told["formats"][0]) == report.formats[0]
     assert [layer["name"] for layer in told["layers"]] == ["0", "2", "4"]
     assert [layer["rows"] for layer in told["layers"]] == [160 if calibrated else None] * 3
     assert sum(layer["parameters"] for layer in told["layers"]) == told["parameters"]

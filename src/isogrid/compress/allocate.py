@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import Metric, squared_norm, widened
 from isogrid.formats import Budget, Dense, Format
 from isogrid.linear import linear_matrix
 
 # Costs are rounded up to this part of the budget in the exact choice; what that leaves over is spent afterwards.
 RESOLUTION = 50_000
-# Sizes at which a format without a closed error curve is fitted, as shares of the dense parameters.
-PROBES = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Option:
 
     Attributes:
         format: the member.
-        cost: its parameters.
+        cost: its parameters, or bytes.
         error: what it adds to the model's loss, in one unit for all layers.
     """
 
@@ -37,91 +34,96 @@ class Option:
     error: float
 
 
-def allocate_uniform(layers: Mapping[str, nn.Module], fmt: Format, keep: float) -> dict[str, Format]:
-    """Every layer the same fraction of its dense parameters: the format's largest member within it.
+def allocate_uniform(
+    layers: Mapping[str, nn.Module], fmt: Format, keep: float, unit: Budget | None = None
+) -> dict[str, Format]:
+    """Every layer the same fraction of its dense cost: the format's largest member within it.
+
+    Args:
+        layers: name to dense layer.
+        fmt: its size open.
+        keep: fraction in (0, 1).
+        unit: a budget whose unit costs are counted in; None: parameters.
 
     Raises:
         IsogridError: keep outside (0, 1).
         BudgetError: a layer has no member that small; names the layer.
     """
-    _check_keep(keep)
-    _refuse_explicit_sizes(fmt)
+    check_keep(keep)
+    unit = unit or Budget(parameters=0)
     sized: dict[str, Format] = {}
     for name, module in layers.items():
         out_features, in_features = linear_matrix(module).shape
+        # A hair of slack keeps exact fractions exact, as in `Budget.keep`.
+        limit = unit.with_limit(math.floor(keep * dense_cost(module, unit) * (1 + 1e-12)))
         try:
-            sized[name] = fmt.sized(out_features, in_features, Budget.keep(keep, out_features, in_features))
+            sized[name] = fmt.sized(out_features, in_features, limit)
         except BudgetError as error:
             raise BudgetError(f"layer {name!r}: {error}; or skip the layer") from None
     return sized
 
 
-def allocate_global(
-    curves: Mapping[str, Sequence[Option]], weights: Mapping[str, float], keep: float
-) -> dict[str, Format]:
-    """One budget over all layers: the members, dense among them, whose weighted errors sum to the least.
+def water_fill(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """Ranks raised one by one where the error falls most per cost, until the budget is spent (fitting theory 5.2).
+
+    Optimal up to one step where curves are convex, as spectra's tails are.
 
     Args:
-        curves: by layer, its `error_curve`; the last option is the dense matrix.
-        weights: what a unit of squared output error costs the loss, by layer (`loss_weights`).
-        keep: fraction of all dense parameters together.
+        options: by layer, ordered by cost, errors falling.
+        budget: of all costs together.
 
     Raises:
-        BudgetError: the smallest members together are above the budget.
+        BudgetError: the cheapest options together are above the budget.
     """
-    options = {
-        name: [dataclasses.replace(one, error=one.error * weights[name]) for one in curve]
-        for name, curve in curves.items()
-    }
-    whole = sum(curve[-1].cost for curve in curves.values())
-    chosen = choose(options, math.floor(keep * whole * (1 + 1e-12)))
-    return {name: option.format for name, option in chosen.items()}
+    options = {name: sorted(of, key=lambda one: one.cost) for name, of in options.items()}
+    place = dict.fromkeys(options, 0)
+    left = budget - sum(of[0].cost for of in options.values())
+    if left < 0:
+        raise BudgetError(f"the smallest members of all layers take {budget - left}, the budget is {budget}; keep more")
+
+    def gain(name: str) -> float:
+        now, then = options[name][place[name]], options[name][place[name] + 1]
+        return (now.error - then.error) / max(then.cost - now.cost, 1)
+
+    heap = [(-gain(name), name) for name, of in options.items() if len(of) > 1]
+    heapq.heapify(heap)
+    while heap:
+        _, name = heapq.heappop(heap)
+        step = options[name][place[name] + 1].cost - options[name][place[name]].cost
+        if step > left:
+            continue
+        left -= step
+        place[name] += 1
+        if place[name] + 1 < len(options[name]):
+            heapq.heappush(heap, (-gain(name), name))
+    return {name: of[place[name]] for name, of in options.items()}
 
 
-def error_curve(fmt: Format, matrix: Tensor, metric: Metric | None, least: int = 0) -> list[Option]:
-    """Members of a format with their squared errors ``||(W - V) M^½||²``, and the dense matrix with none.
+def lagrangian_bound(options: Mapping[str, Sequence[Option]], budget: int) -> float:
+    """A sum of errors that no choice within the budget falls below: ``max_p sum_l min(e + p c) - p B``."""
+    low, high = 0.0, 1.0
+    curves = [
+        (torch.tensor([float(o.cost) for o in of], dtype=torch.float64), torch.tensor([o.error for o in of]).double())
+        for of in options.values()
+    ]
 
-    Closed formats tell all their errors at once; others are fitted at a few sizes, and sizes between them get errors
-    interpolated in the logarithm.
+    def at(price: float) -> tuple[float, float]:
+        value, spent = -price * budget, 0.0
+        for costs, errors in curves:
+            index = int((errors + price * costs).argmin())
+            value += float(errors[index] + price * costs[index])
+            spent += float(costs[index])
+        return value, spent
 
-    Args:
-        fmt: the format, its size open.
-        matrix: ``(out, in)``.
-        metric: of the inputs.
-        least: no member below this many parameters, if there is one: errors of very small members are beyond what
-            a quadratic loss can tell (fitting theory 5.3).
-
-    Returns:
-        By rising cost, the dense matrix last.
-    """
-    out_features, in_features = matrix.shape
-    dense = Option(Dense(), matrix.numel(), 0.0)
-    spectrum = fmt.error_curve(widened(matrix), metric)
-    found: list[Option] = []
-    if spectrum is not None:
-        # Neighbouring ranks tell the choice nothing that their neighbours don't: at most 128 of a layer.
-        step = -(-len(spectrum) // 128)
-        for size in range(step, len(spectrum) + 1, step):
-            member = fmt.with_size(size)
-            cost = member.cost(out_features, in_features).parameters
-            found.append(Option(member, cost, spectrum[size - 1]))
-    else:
-        seen: set[Format] = set()
-        for share in PROBES:
-            try:
-                member = fmt.sized(out_features, in_features, Budget.keep(share, out_features, in_features))
-            except BudgetError:
-                continue
-            if member in seen:
-                continue
-            seen.add(member)
-            factors = member.fit(matrix, metric)
-            error = squared_norm(widened(matrix) - widened(member.dense(factors, out_features, in_features)), metric)
-            found.append(Option(member, member.cost(out_features, in_features).parameters, error))
-        found = _between(fmt, found, out_features, in_features)
-    smaller = [one for one in found if one.cost < dense.cost]
-    allowed = [one for one in smaller if one.cost >= least] or smaller[-1:]
-    return [*allowed, dense]
+    best = max(at(0.0)[0], 0.0)
+    while at(high)[1] > budget and high < 1e300:
+        high *= 4
+    for _ in range(200):
+        middle = (low + high) / 2
+        value, spent = at(middle)
+        best = max(best, value)
+        low, high = (middle, high) if spent > budget else (low, middle)
+    return best
 
 
 def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -135,7 +137,7 @@ def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Op
     """
     cheapest = sum(min(option.cost for option in of) for of in options.values())
     if cheapest > budget:
-        raise BudgetError(f"the smallest members of all layers take {cheapest} parameters, the budget is {budget}")
+        raise BudgetError(f"the smallest members of all layers take {cheapest}, the budget is {budget}; keep more")
     unit = max(1, budget // RESOLUTION)
     # Rounding up may push even the cheapest choice over the budget: then the unit has to be finer.
     while unit > 1 and sum(min(-(-option.cost // unit) for option in of) for of in options.values()) > budget // unit:
@@ -183,32 +185,19 @@ def _spend_rest(chosen: dict[str, Option], options: Mapping[str, Sequence[Option
         chosen[name] = option
 
 
-def _between(fmt: Format, probed: list[Option], out_features: int, in_features: int) -> list[Option]:
-    """Members of sizes between the probed ones, errors interpolated in the logarithm over the cost."""
-    found = {one.cost: one for one in probed}
-    for low, high in itertools.pairwise(probed):
-        for part in (0.25, 0.5, 0.75):
-            limit = round(low.cost + part * (high.cost - low.cost))
-            try:
-                member = fmt.sized(out_features, in_features, Budget(parameters=limit))
-            except BudgetError:
-                continue
-            cost = member.cost(out_features, in_features).parameters
-            if cost in found or not low.cost < cost < high.cost:
-                continue
-            place = (cost - low.cost) / (high.cost - low.cost)
-            floor = 1e-12 * max(low.error, 1e-300)
-            logarithm = (1 - place) * math.log(max(low.error, floor)) + place * math.log(max(high.error, floor))
-            found[cost] = Option(member, cost, math.exp(logarithm))
-    return sorted(found.values(), key=lambda one: one.cost)
+def dense_cost(module: nn.Module, unit: Budget) -> int:
+    """What a linear layer's own matrix takes, in a budget's unit."""
+    out_features, in_features = linear_matrix(module).shape
+    return unit.amount(Dense().cost(out_features, in_features, unit.dtype))
 
 
-def _check_keep(keep: float) -> None:
+def check_keep(keep: float) -> None:
+    """Raise IsogridError unless keep is a fraction in (0, 1)."""
     if not isinstance(keep, int | float) or not 0 < keep < 1:
         raise IsogridError(f"keep is a fraction of the selected dense parameters between 0 and 1, got {keep!r}")
 
 
-def _refuse_explicit_sizes(fmt: Format) -> None:
+def refuse_explicit_sizes(fmt: Format) -> None:
     """A size that keep would override is a contradiction, and a label that names it would be untrue."""
     for field in dataclasses.fields(fmt):
         value = getattr(fmt, field.name)
@@ -216,4 +205,4 @@ def _refuse_explicit_sizes(fmt: Format) -> None:
             raise IsogridError(f"{fmt.label()}: keep chooses the {field.name}; leave {field.name}={value} out")
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, Format):
-                _refuse_explicit_sizes(part)
+                refuse_explicit_sizes(part)

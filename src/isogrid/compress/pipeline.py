@@ -12,30 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.checkpoint import mark_structured
-from isogrid.compress.allocate import Option, allocate_global, allocate_uniform, error_curve
+from isogrid.compress.allocate import check_keep, dense_cost, refuse_explicit_sizes
 from isogrid.compress.blockwise import fit_by_blocks
 from isogrid.compress.calibrate import ROWS_PER_BATCH, Moments, as_batches, evaluation_mode
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order, fit_layer
+from isogrid.compress.plan import check_allocation, plan
 from isogrid.compress.refine import OnBlock, Refinement
 from isogrid.compress.select import select_layers
-from isogrid.compress.sensitivity import loss_weights
 from isogrid.compress.summary import CompressionReport, LayerReport, count_parameters, stored_bytes
 from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.fitting import Metric
-from isogrid.formats import Format, as_format
+from isogrid.formats import Budget, Format, as_format
 from isogrid.linear import StructuredLinear, linear_matrix
 
-# A global allocation leaves every layer this share of what a uniform one would give it.
-LEAST_SHARE = 0.3
-SENSITIVITY_ROWS = 8
+# What `format="auto"` chooses from: the formats whose calibrated fits have won on some kind of layer.
+AUTO = ("low_rank_light", "blast", "monarch", "block_tensor_train")
 OnLayer = Callable[[LayerReport], None]
 
 
 def compress(
     model: nn.Module,
-    format: Format | str | Mapping[str, Any],
+    format: Format | str | Mapping[str, Any] | Iterable[Any],
     *,
     keep: float = 0.5,
+    budget: Budget | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     length: int = 512,
@@ -54,7 +54,9 @@ def compress(
     Args:
         model: any module with ``nn.Linear`` or transformers ``Conv1D`` inside. Its mode and dtype are kept.
         format: a `Format`, its name (``"monarch(blocks=8)"``) or its description; its size is chosen by ``keep``.
-        keep: fraction in (0, 1) of the selected dense parameters; every layer gets this share, rounded down.
+            Several of these, or "auto" (`AUTO`): the best for each layer is chosen.
+        keep: fraction in (0, 1) of the selected dense parameters.
+        budget: instead of ``keep``, parameters or bytes for all selected matrices together.
         calibration: None for plain fits of the matrices; else data on which to keep the layers' *outputs* (batches,
             a tensor of token windows, texts: see `as_batches`), or `Moments` measured before. With data, layers are
             fitted in order, each on the inputs that it gets from the layers already compressed.
@@ -64,8 +66,10 @@ def compress(
         skip: patterns of layers to leave dense.
         anchor: from 0 (each layer keeps its own matrix on the inputs it now gets) to 1 (it aims at the original
             model's outputs, and so repairs what the layers before have lost). Needs calibration data, not `Moments`.
-        allocate: "uniform", every layer the same share; or "global", one budget spent where the model's loss is most
-            sensitive, layers left dense where that is best. Needs calibration data and two more passes through it.
+        allocate: "uniform", every layer the same share, rounded down; "global", one budget spent where the model's loss
+            is most sensitive, layers left dense where that is best (needs data, and two more passes through it);
+            "water_filling", one budget by the whitened spectra alone; "welore", by WeLore's threshold, without data.
+            The last two choose ranks of low rank or Light.
         refine: train each block, when its layers are fitted, until its outputs are as near to the original model's as
             they get: minutes for all blocks, or a `Refinement`; None: no training. Needs calibration data.
         seed: of the fits' randomness, and of the labels that sensitivities are measured with.
@@ -81,37 +85,41 @@ def compress(
             model is then as it was before.
     """
     begun = time.perf_counter()
-    fmt = as_format(format)
+    formats = as_candidates(format)
     if not 0 <= anchor <= 1:
         raise IsogridError(f"anchor is between 0 and 1, got {anchor}")
     if anchor and (calibration is None or isinstance(calibration, Moments)):
         raise IsogridError(
             f"anchor={anchor:g} compares two models on data: give calibration batches or texts, or anchor=0"
         )
-    if allocate not in ("uniform", "global"):
-        raise IsogridError(f"allocate is uniform or global, got {allocate!r}")
-    if allocate == "global" and (calibration is None or isinstance(calibration, Moments)):
-        raise IsogridError("allocate='global' measures the model on data: give calibration batches or texts")
+    check_allocation(allocate, formats, calibration)
     if refine is not None and (calibration is None or isinstance(calibration, Moments)):
         raise IsogridError("refine trains blocks on data: give calibration batches or texts")
     refinement = Refinement(minutes=refine) if isinstance(refine, int | float) else refine
     layers = select_layers(model, select, skip)
-    sized = allocate_uniform(layers, fmt, keep)
+    limit, share = _budget(layers, keep, budget)
     for name, module in layers.items():
         _check_weight(name, module)
     if not (calibration is None or isinstance(calibration, Moments)):
         # Refinement takes its steps and holds out in whole batches: small ones.
         rows = ROWS_PER_BATCH if refinement is None else 1
         calibration = as_batches(calibration, tokenizer, length, rows)
-    if allocate == "global":
-        sized = _allocate_by_sensitivity(model, layers, fmt, keep, calibration, seed)
+    chosen = plan(model, layers, formats, limit, share, allocate=allocate, calibration=calibration, seed=seed)
     report = CompressionReport(
-        fmt, keep, dense_model_bytes=stored_bytes(model), dense_model_parameters=count_parameters(model)
+        formats,
+        share,
+        allocation=allocate,
+        predicted_rise=chosen.rise,
+        least_rise=chosen.bound,
+        dense_model_bytes=stored_bytes(model),
+        dense_model_parameters=count_parameters(model),
     )
     generator = torch.Generator().manual_seed(seed)
 
     def fit(name: str, metric: Metric | None, seen: Seen | None = None) -> StructuredLinear:
-        new, layer_report = fit_layer(name, layers[name], sized[name], metric, generator, fit_options, anchor, seen)
+        new, layer_report = fit_layer(
+            name, layers[name], chosen.members[name], metric, generator, fit_options, anchor, seen
+        )
         report.layers.append(layer_report)
         if on_layer is not None:
             on_layer(layer_report)
@@ -159,7 +167,7 @@ def compress(
         report.warnings = _warnings(report)
         for message in report.warnings:  # inside: a caller's filter may make them errors
             warnings.warn(message, IsogridWarning, stacklevel=2)
-        mark_structured(model, fmt)
+        mark_structured(model, formats[0] if len(formats) == 1 else None)
     except BaseException:
         for name, module in layers.items():
             model.set_submodule(name, module)
@@ -171,38 +179,38 @@ def compress(
     return report
 
 
-def _allocate_by_sensitivity(
-    model: nn.Module, layers: Mapping[str, nn.Module], fmt: Format, keep: float, batches: list[Any], seed: int
-) -> dict[str, Format]:
-    """Error curves on the dense model's inputs, weighted by what the errors cost its loss."""
-    curves: dict[str, list[Option]] = {}
-
-    def probe(name: str, metric: Metric, _: Seen) -> nn.Module:
-        module = layers[name]
-        matrix = linear_matrix(module).detach()
-        counted = metric.centred if module.bias is not None else metric
-        curves[name] = error_curve(fmt, matrix, counted, math.floor(LEAST_SHARE * keep * matrix.numel()))
-        return module
-
-    with evaluation_mode(model):
-        fit_in_order(model, layers, batches, InOrder(probe, batches, anchored=False), anchored=False)
-    for name in layers:
-        if name not in curves:
-            matrix = linear_matrix(layers[name]).detach()
-            curves[name] = error_curve(fmt, matrix, None, math.floor(LEAST_SHARE * keep * matrix.numel()))
-    weights = loss_weights(model, layers, _few(batches), seed=seed)
-    return allocate_global({name: curves[name] for name in layers}, weights, keep)
-
-
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
     """What refinement may change beside the layers: gains and biases, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.ndim <= 1}
 
 
-def _few(batches: list[Any]) -> list[Any]:
-    """Eight windows one by one: gradients of whole batches would hold all their activations at once."""
-    single = [row for batch in batches[:SENSITIVITY_ROWS] if isinstance(batch, Tensor) for row in batch.split(1)]
-    return (single or batches)[:SENSITIVITY_ROWS]
+def as_candidates(format: Any) -> tuple[Format, ...]:
+    """One format or several, from a format, a name, a description, a list of these, or "auto".
+
+    Raises:
+        IsogridError: not formats, none, or one whose size is given: the budget chooses sizes.
+    """
+    if isinstance(format, str) and format.strip() == "auto":
+        format = AUTO
+    several = isinstance(format, Iterable) and not isinstance(format, str | Mapping)
+    found = tuple(dict.fromkeys(as_format(one) for one in (format if several else [format])))
+    if not found:
+        raise IsogridError("compress needs a format; 'auto' chooses from " + ", ".join(AUTO))
+    for one in found:
+        refuse_explicit_sizes(one)
+    return found
+
+
+def _budget(layers: Mapping[str, nn.Module], keep: float, budget: Budget | None) -> tuple[Budget, float]:
+    """The budget over all layers, and the share of their dense cost that it is."""
+    unit = budget or Budget(parameters=0)
+    dense = sum(dense_cost(layer, unit) for layer in layers.values())
+    if budget is None:
+        check_keep(keep)
+        return unit.with_limit(math.floor(keep * dense * (1 + 1e-12))), keep
+    if not 0 < budget.limit < dense:
+        raise IsogridError(f"the budget is {budget}; the selected matrices take {dense} of that: give less, above 0")
+    return budget, budget.limit / dense
 
 
 def _check_weight(name: str, module: nn.Module) -> None:

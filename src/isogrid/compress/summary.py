@@ -76,8 +76,11 @@ class CompressionReport:
     """What `compress` did to a model.
 
     Attributes:
-        format: the format asked for.
-        requested_keep: fraction of the selected dense parameters asked for.
+        formats: the formats asked for; several: the best was chosen for each layer.
+        requested_keep: fraction of the selected dense parameters (or bytes) asked for.
+        allocation: how the budget was spread over layers.
+        predicted_rise: of the model's loss, by sensitivities and squared errors; None where it wasn't measured.
+        least_rise: no choice within the budget has a smaller predicted rise; None likewise.
         layers: the rewritten layers, in the order they were fitted.
         blocks: the refined blocks, in order; none without refinement.
         model_bytes: bytes of all tensors of the whole model now, shared ones once: what its file holds.
@@ -89,8 +92,11 @@ class CompressionReport:
         warnings: what the user should know; also raised as `IsogridWarning`.
     """
 
-    format: Format
+    formats: tuple[Format, ...]
     requested_keep: float
+    allocation: str = "uniform"
+    predicted_rise: float | None = None
+    least_rise: float | None = None
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     model_bytes: int = 0
@@ -100,6 +106,11 @@ class CompressionReport:
     seconds: float = 0.0
     calibration: str | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The formats asked for, in words."""
+        return " or ".join(one.label() for one in self.formats)
 
     @property
     def parameters(self) -> int:
@@ -119,10 +130,13 @@ class CompressionReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, all numbers included."""
         return {
-            "format": self.format.to_dict(),
-            "label": self.format.label(),
+            "formats": [one.to_dict() for one in self.formats],
+            "label": self.label,
             "requested_keep": self.requested_keep,
             "achieved_keep": self.achieved_keep,
+            "allocation": self.allocation,
+            "predicted_rise": self.predicted_rise,
+            "least_rise": self.least_rise,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "model_bytes": self.model_bytes,
@@ -140,7 +154,7 @@ class CompressionReport:
         errors = sorted(layer.error for layer in self.layers)
         how = f"calibrated on {self.calibration}" if self.calibration else "plain fits"
         return (
-            f"{len(self.layers)} layers as {self.format.label()}: kept {self.achieved_keep:.4f} of their parameters "
+            f"{len(self.layers)} layers as {self.label}: kept {self.achieved_keep:.4f} of their parameters "
             f"(asked for {self.requested_keep:g}), whole model {self.dense_model_bytes / 1e6:.1f} -> "
             f"{self.model_bytes / 1e6:.1f} MB, median layer error {errors[len(errors) // 2]:.4f}, {how}, "
             f"{self.seconds:.1f} s"

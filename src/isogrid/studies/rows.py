@@ -22,7 +22,7 @@ def row_of(report: CompressionReport, label: str, *, calibrated: bool) -> dict[s
     """The part of a row that the compression itself knows."""
     return {
         "label": label,
-        "format": report.format.name,
+        "format": " + ".join(one.name for one in report.formats),
         "calibrated": calibrated,
         "requested_keep": report.requested_keep,
         "achieved_keep": report.achieved_keep,
@@ -89,8 +89,8 @@ def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:
         },
         "rows": [
             {
-                "label": described["format"]["name"].replace("_", " "),
-                "format": described["format"]["name"],
+                "label": " or ".join(one["name"].replace("_", " ") for one in described["formats"]),
+                "format": " + ".join(one["name"] for one in described["formats"]),
                 "calibrated": calibrated,
                 "requested_keep": described["requested_keep"],
                 "achieved_keep": described["achieved_keep"],
