@@ -12,16 +12,23 @@ import typer
 
 from isogrid.cli.console import command_line, console, notes
 from isogrid.cli.options import Data, Json, Model, Quick, Seed
-from isogrid.errors import IsogridError, IsogridWarning
+from isogrid.errors import BudgetError, IsogridError, IsogridWarning
 
 
 def compress(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the compressed model; an earlier one there is replaced.")],
-    format: Annotated[str, typer.Option(help="A format: low_rank_light, monarch, 'monarch(blocks=8)', …")] = (
-        "low_rank_light"
-    ),
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A format: low_rank_light (the default), 'monarch(blocks=8)', …; several times, or auto: the best for "
+            "each layer."
+        ),
+    ] = None,
     keep: Annotated[float, typer.Option(help="Fraction of the selected parameters to keep, in (0, 1).")] = 0.6,
+    max_bytes: Annotated[
+        int | None, typer.Option("--bytes", min=1, help="Instead of --keep: bytes of the selected matrices together.")
+    ] = None,
     calibrate: Annotated[
         str | None, typer.Option(help="Calibration: wikitext2:calibration, pydoc, sts:train, photographs, a text file.")
     ] = None,
@@ -32,8 +39,15 @@ def compress(
         ),
     ] = 0.0,
     allocate: Annotated[
-        str, typer.Option(help="uniform: every layer the same share; global: one budget, spent by sensitivity.")
+        str,
+        typer.Option(
+            help="uniform: every layer the same share; global: one budget, spent by sensitivity; water_filling: by the "
+            "layers' spectra; welore: by WeLore's threshold, without data."
+        ),
     ] = "uniform",
+    refine: Annotated[
+        float | None, typer.Option(help="Minutes of training of the blocks towards the original's outputs.")
+    ] = None,
     windows: Annotated[
         int, typer.Option(min=1, help="Calibration windows of --length tokens; an encoder takes 8 paragraphs for each.")
     ] = 16,
@@ -51,20 +65,23 @@ def compress(
     from isogrid import compress as compress_model
     from isogrid.checkpoint import check_place, save
     from isogrid.cli.source import calibration_data, open_model
-    from isogrid.compress import allocate_uniform, as_batches, estimate_seconds, select_layers
+    from isogrid.compress import allocate_uniform, as_candidates, estimate_seconds, select_layers
     from isogrid.evaluation import peak_memory_bytes
-    from isogrid.formats import as_format
+    from isogrid.formats import Budget
     from isogrid.report import format_bytes, format_duration, progress, write_json
 
     if export not in ("structured", "dense"):
         raise IsogridError(f"--export is structured or dense, got {export!r}")
-    fmt = as_format(format)
+    formats = as_candidates(format[0] if format and len(format) == 1 else format or "low_rank_light")
     check_place(out)  # before the work, not after it
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise IsogridError(f"--out {out} is the model itself; give another folder")
     loaded, tokenizer = open_model(model, dtype=dtype)
     layers = select_layers(loaded, select, skip or ())
-    sized = allocate_uniform(layers, fmt, keep)
+    budget = None
+    if max_bytes is not None:
+        dtypes = {parameter.dtype for layer in layers.values() for parameter in layer.parameters()}
+        budget = Budget(bytes=max_bytes, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
     calibration: Any = None
     tokens = 0
     if calibrate is not None and calibrate.endswith(":evaluation"):
@@ -74,22 +91,33 @@ def compress(
     if calibrate is not None:
         windows = min(windows, 4) if quick else windows
         found = calibration_data(calibrate, loaded, tokenizer, windows=windows, length=length, data_dir=data)
-        calibration = as_batches(found, tokenizer, length)
+        calibration = found
         # A sentence or an image patch row counts for about 32 tokens: good enough for an estimate.
         tokens = 32 * len(found) if isinstance(found, list) or found.ndim != 2 else found.numel()
-    estimate = estimate_seconds(layers, sized, calibration_tokens=tokens)
-    notes.print(f"{len(layers)} layers as {fmt.label()}; about {format_duration(estimate)}", highlight=False)
+    estimate = 60 * (refine or 0.0)
+    for fmt in formats:  # each candidate is fitted somewhere
+        try:
+            sized = allocate_uniform(layers, fmt, keep)
+        except BudgetError:  # another candidate, or another allocation, may be smaller
+            continue
+        estimate += estimate_seconds(layers, sized, calibration_tokens=tokens)
+    label = " or ".join(fmt.label() for fmt in formats)
+    notes.print(f"{len(layers)} layers as {label}; about {format_duration(estimate)}", highlight=False)
     begun = time.perf_counter()
     with progress("Compressing", len(layers)) as step:
         report = compress_model(
             loaded,
-            fmt,
+            formats,
             keep=keep,
+            budget=budget,
             calibration=calibration,
+            tokenizer=tokenizer,
+            length=length,
             select=select,
             skip=skip or (),
             anchor=anchor,
             allocate=allocate,
+            refine=refine,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
         )

@@ -3,7 +3,8 @@
 from isogrid.compress.allocate import allocate_uniform
 from isogrid.compress.calibrate import Moments, as_batches, collect_moments
 from isogrid.compress.estimate import estimate_seconds
-from isogrid.compress.pipeline import compress
+from isogrid.compress.pipeline import as_candidates, compress
+from isogrid.compress.refine import BlockReport, Refinement
 from isogrid.compress.select import select_layers
 from isogrid.compress.summary import (
     CompressionReport,
@@ -13,18 +14,24 @@ from isogrid.compress.summary import (
     stored_bytes,
     structured_layers,
 )
+from isogrid.compress.welore import freeze_other_than_low_rank, low_rank_components
 
 __all__ = [
+    "BlockReport",
     "CompressionReport",
     "LayerReport",
     "Moments",
+    "Refinement",
     "allocate_uniform",
     "as_batches",
+    "as_candidates",
     "collect_moments",
     "compress",
     "count_parameters",
     "dense_parameters",
     "estimate_seconds",
+    "freeze_other_than_low_rank",
+    "low_rank_components",
     "select_layers",
     "stored_bytes",
     "structured_layers",

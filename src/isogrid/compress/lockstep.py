@@ -198,8 +198,8 @@ def lockstep(
             here = [runner for runner in halted if runner.waiting is not None and runner.waiting[0] == name]
             halts = [runner.waiting[1] for runner in here if runner.waiting is not None]
             new = visit(name, halts)
-            # Those of them that have yet to come for theirs aren't late: they wait.
-            given = any(halt.output is not _UNKNOWN for halt in halts)
+            if any(halt.output is not _UNKNOWN for halt in halts):
+                answered.add(name)
             del halts
             # An original that comes here once more has to find the layer as it was.
             if new is not layers[name] and not originals:
@@ -210,8 +210,6 @@ def lockstep(
             for runner in here:
                 runner.resume(new)
                 check(runner)
-            if given:
-                answered.add(name)
     finally:
         try:
             for runner in runners:

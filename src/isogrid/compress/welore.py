@@ -79,7 +79,7 @@ def threshold_for_reduction(spectra: Mapping[str, Tensor], reduction: float) -> 
     if not 0 <= reduction <= 1:
         raise IsogridError(f"an effective rank reduction is in [0, 1], got {reduction}")
     pooled = torch.cat([normalised(spectrum) for spectrum in spectra.values()]).sort().values
-    needed = math.ceil(reduction * len(pooled) * (1 - 1e-12))
+    needed = math.ceil(reduction * len(pooled) - 1e-9)
     if needed == 0:
         return 0.0
     above = pooled[pooled > pooled[needed - 1]]
