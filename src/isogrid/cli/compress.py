@@ -48,6 +48,9 @@ def compress(
     refine: Annotated[
         float | None, typer.Option(help="Minutes of training of the blocks towards the original's outputs.")
     ] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Minutes of training of the whole model towards the original's predictions.")
+    ] = None,
     windows: Annotated[
         int, typer.Option(min=1, help="Calibration windows of --length tokens; an encoder takes 8 paragraphs for each.")
     ] = 16,
@@ -94,7 +97,7 @@ def compress(
         calibration = found
         # A sentence or an image patch row counts for about 32 tokens: good enough for an estimate.
         tokens = 32 * len(found) if isinstance(found, list) or found.ndim != 2 else found.numel()
-    estimate = 60 * (refine or 0.0)
+    estimate = 60 * ((refine or 0.0) + (distill or 0.0))
     for fmt in formats:  # each candidate is fitted somewhere
         try:
             sized = allocate_uniform(layers, fmt, keep)
@@ -118,6 +121,7 @@ def compress(
             anchor=anchor,
             allocate=allocate,
             refine=refine,
+            distill=distill,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
         )

@@ -2,6 +2,7 @@
 
 from isogrid.compress.allocate import allocate_uniform
 from isogrid.compress.calibrate import Moments, as_batches, collect_moments
+from isogrid.compress.distill import Distillation
 from isogrid.compress.estimate import estimate_seconds
 from isogrid.compress.pipeline import as_candidates, compress
 from isogrid.compress.refine import BlockReport, Refinement
@@ -19,6 +20,7 @@ from isogrid.compress.welore import freeze_other_than_low_rank, low_rank_compone
 __all__ = [
     "BlockReport",
     "CompressionReport",
+    "Distillation",
     "LayerReport",
     "Moments",
     "Refinement",

@@ -12,7 +12,8 @@ from torch import nn
 from isogrid.compress.calibrate import forward_calls
 from isogrid.compress.layerwise import InOrder
 from isogrid.compress.lockstep import Halt, lockstep
-from isogrid.compress.refine import BlockReport, Example, OnBlock, Refinement, first_tensor, refine_block
+from isogrid.compress.refine import BlockReport, Example, OnBlock, Refinement, refine_block
+from isogrid.compress.tuning import first_tensor
 from isogrid.errors import IsogridError
 
 

@@ -15,6 +15,8 @@ from isogrid.checkpoint import mark_structured
 from isogrid.compress.allocate import check_keep, dense_cost, refuse_explicit_sizes
 from isogrid.compress.blockwise import fit_by_blocks
 from isogrid.compress.calibrate import ROWS_PER_BATCH, Moments, as_batches, evaluation_mode
+from isogrid.compress.distill import Distillation, original_view
+from isogrid.compress.distill import distill as distill_model
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order, fit_layer
 from isogrid.compress.plan import check_allocation, plan
 from isogrid.compress.refine import OnBlock, Refinement
@@ -44,6 +46,7 @@ def compress(
     anchor: float = 0.0,
     allocate: str = "uniform",
     refine: Refinement | float | None = None,
+    distill: Distillation | float | None = None,
     seed: int = 0,
     on_layer: OnLayer | None = None,
     on_block: OnBlock | None = None,
@@ -72,6 +75,7 @@ def compress(
             The last two choose ranks of low rank or Light.
         refine: train each block, when its layers are fitted, until its outputs are as near to the original model's as
             they get: minutes for all blocks, or a `Refinement`; None: no training. Needs calibration data.
+        distill: at the end, train the whole model towards the original's predictions: minutes, or a `Distillation`.
         seed: of the fits' randomness, and of the labels that sensitivities are measured with.
         on_layer: called with the report of each finished layer.
         on_block: called with the report of each refined block.
@@ -93,16 +97,18 @@ def compress(
             f"anchor={anchor:g} compares two models on data: give calibration batches or texts, or anchor=0"
         )
     check_allocation(allocate, formats, calibration)
-    if refine is not None and (calibration is None or isinstance(calibration, Moments)):
-        raise IsogridError("refine trains blocks on data: give calibration batches or texts")
+    if (refine is not None or distill is not None) and (calibration is None or isinstance(calibration, Moments)):
+        raise IsogridError("refine and distill train on data: give calibration batches or texts")
     refinement = Refinement(minutes=refine) if isinstance(refine, int | float) else refine
+    distillation = Distillation(minutes=distill) if isinstance(distill, int | float) else distill
+    trains = refinement is not None or distillation is not None
     layers = select_layers(model, select, skip)
     limit, share = _budget(layers, keep, budget)
     for name, module in layers.items():
         _check_weight(name, module)
     if not (calibration is None or isinstance(calibration, Moments)):
-        # Refinement takes its steps and holds out in whole batches: small ones.
-        rows = ROWS_PER_BATCH if refinement is None else 1
+        # Training takes its steps and holds out in whole batches: small ones.
+        rows = 1 if trains else ROWS_PER_BATCH
         calibration = as_batches(calibration, tokenizer, length, rows)
     chosen = plan(model, layers, formats, limit, share, allocate=allocate, calibration=calibration, seed=seed)
     report = CompressionReport(
@@ -125,7 +131,8 @@ def compress(
             on_layer(layer_report)
         return new
 
-    vectors = {} if refinement is None else _vectors(model)
+    vectors = _vectors(model) if trains else {}
+    teacher = original_view(model) if distillation is not None else None
     try:
         if calibration is None:
             for name in layers:
@@ -162,6 +169,9 @@ def compress(
                 raise IsogridError(f"calibration reaches none of the {len(layers)} selected layers; check its form")
             for name in [name for name in layers if name not in {done.name for done in report.layers}]:
                 model.set_submodule(name, fit(name, None))
+            if teacher is not None and distillation is not None:
+                with evaluation_mode(teacher), evaluation_mode(model):
+                    report.distilled = distill_model(model, teacher, calibration, distillation, seed=seed)
             report.calibration = f"{visit.rows} rows, inputs of the compressed part"
         report.model_bytes, report.model_parameters = stored_bytes(model), count_parameters(model)
         report.warnings = _warnings(report)

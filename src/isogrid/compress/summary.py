@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from isogrid.compress.refine import BlockReport
+from isogrid.compress.tuning import Tuned
 from isogrid.formats import Format
 from isogrid.linear import StructuredLinear, linear_matrix
 
@@ -83,6 +84,8 @@ class CompressionReport:
         least_rise: no choice within the budget has a smaller predicted rise; None likewise.
         layers: the rewritten layers, in the order they were fitted.
         blocks: the refined blocks, in order; none without refinement.
+        distilled: what training the whole model reached: mean divergence from the original's predictions in nats a
+            token (or relative error of outputs) on held-out windows; None without it.
         model_bytes: bytes of all tensors of the whole model now, shared ones once: what its file holds.
         dense_model_bytes: the same before.
         model_parameters: parameters of the whole model now.
@@ -99,6 +102,7 @@ class CompressionReport:
     least_rise: float | None = None
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    distilled: Tuned | None = None
     model_bytes: int = 0
     dense_model_bytes: int = 0
     model_parameters: int = 0
@@ -148,6 +152,7 @@ class CompressionReport:
             "warnings": list(self.warnings),
             "layers": [layer.to_dict() for layer in self.layers],
             "blocks": [block.to_dict() for block in self.blocks],
+            "distilled": None if self.distilled is None else dict(vars(self.distilled)),
         }
 
     def __str__(self) -> str:

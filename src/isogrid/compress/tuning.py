@@ -1,0 +1,240 @@
+"""A short training with an early end: what refinement of a block and distillation of the whole model share.
+
+AdamW with each tensor's learning rate relative to its own size, warm-up and cosine; part of the examples is held out,
+the state that is best on them is kept, and the start where nothing is better.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.errors import IsogridError
+from isogrid.linear import StructuredLinear
+
+# Steps that are timed before the steps of a budget in minutes are known.
+TIMED_STEPS = 3
+BETAS = (0.9, 0.999)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a short training goes.
+
+    Attributes:
+        minutes: all of it together; None: all steps are taken.
+        steps: of AdamW, at most.
+        rate: learning rate at its peak, relative to the root mean square of each tensor's entries (fitting theory 6).
+        rows: tokens of a step; whole windows, one at least.
+        held_out: share of the windows that is not trained on.
+        look_every: steps between looks at the held-out windows.
+        patience: looks without a gain of ``least_gain`` before the end.
+        least_gain: relative.
+    """
+
+    minutes: float | None = None
+    steps: int = 200
+    rate: float = 0.003
+    rows: int = 512
+    held_out: float = 0.125
+    look_every: int = 25
+    patience: int = 2
+    least_gain: float = 0.005
+
+    def __post_init__(self) -> None:
+        what = type(self).__name__.lower()
+        if self.minutes is not None and not self.minutes > 0:
+            raise IsogridError(f"{what} takes a positive number of minutes, got {self.minutes}")
+        if min(self.steps, self.rows, self.patience, self.look_every) < 1:
+            raise IsogridError(
+                f"{what} takes at least one step, row and look, got steps={self.steps}, rows={self.rows}, "
+                f"patience={self.patience}, look_every={self.look_every}"
+            )
+        if not self.rate > 0:
+            raise IsogridError(f"{what}: its learning rate is positive, got {self.rate}")
+        if not 0 <= self.held_out < 1:
+            raise IsogridError(f"{what} holds out a share in [0, 1) of the windows, got {self.held_out}")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a short training did.
+
+    Attributes:
+        before: measure on the held-out examples at the start.
+        after: the same at the end; not above ``before``.
+        steps: taken.
+        kept: the step whose state was kept; 0: the start.
+        seconds: of all of it.
+    """
+
+    before: float
+    after: float
+    steps: int
+    kept: int
+    seconds: float
+
+
+def tune(
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[T],
+    loss: Callable[[T], Tensor],
+    measure: Callable[[Sequence[T]], float],
+    settings: Tuning,
+    *,
+    rows: Callable[[T], int],
+    seed: int = 0,
+    seconds: float | None = None,
+    begun: float | None = None,
+    on_look: Callable[[int, float], None] | None = None,
+) -> Tuned:
+    """Train parameters in place on some examples, judged by others.
+
+    Args:
+        parameters: leaves, in float32.
+        examples: two at least.
+        loss: of one example, differentiable.
+        measure: of several examples, without gradients; smaller is better.
+        settings: see `Tuning`.
+        rows: tokens of an example.
+        seed: of the split and the order.
+        seconds: time from ``begun`` on; None: no limit.
+        begun: a ``time.perf_counter()``; None: now.
+        on_look: called with (step, measure).
+    """
+    begun = time.perf_counter() if begun is None else begun
+    order = random.Random(seed)
+    trained, held = split(examples, settings.held_out, order)
+    before = best = measure(held)
+    state = [value.detach().clone() for value in parameters]
+    optimizer = torch.optim.AdamW(_groups(parameters, settings.rate), betas=BETAS, weight_decay=0.0)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    per_step = max(1, round(settings.rows / max(rows(trained[0]), 1)))
+    source = _endless(trained, order)
+    steps, step, kept, waited, marked = settings.steps, 0, 0, 0, before
+    timed = time.perf_counter()
+    while step < steps:
+        if step == TIMED_STEPS and seconds is not None:
+            each = (time.perf_counter() - timed) / TIMED_STEPS
+            steps = min(steps, max(int((seconds - (timed - begun)) / max(each, 1e-9)), TIMED_STEPS))
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * _schedule(step, steps)
+        optimizer.zero_grad(set_to_none=True)
+        for example in [next(source) for _ in range(per_step)]:
+            (loss(example) / per_step).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if step % settings.look_every and step != steps:
+            continue
+        now = measure(held)
+        if on_look is not None:
+            on_look(step, now)
+        if now < best:
+            best, kept, state = now, step, [value.detach().clone() for value in parameters]
+        waited = 0 if now < marked * (1 - settings.least_gain) else waited + 1
+        marked = min(marked, now) if waited == 0 else marked
+        if waited >= settings.patience or not math.isfinite(now):
+            break
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for value, good in zip(parameters, state, strict=True):
+            value.copy_(good)
+    return Tuned(before, best, step, kept, time.perf_counter() - begun)
+
+
+def split(examples: Sequence[T], held_out: float, order: random.Random) -> tuple[list[T], list[T]]:
+    """(trained on, held out), at random; without a part that is held out, both are all."""
+    shuffled = order.sample(list(examples), len(examples))
+    if not held_out:
+        return shuffled, shuffled
+    count = min(max(round(held_out * len(examples)), 1), len(examples) - 1)
+    return shuffled[count:], shuffled[:count]
+
+
+@contextmanager
+def trainable(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """The factors of structured layers and all vectors (norm gains, biases), as float32 leaves with gradients on.
+
+    All other parameters are off inside. Flags, gradients and dtypes are as before afterwards.
+    """
+    chosen: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for value in part.parameters(recurse=False):
+            if value.is_floating_point() and (isinstance(part, StructuredLinear) or value.ndim <= 1):
+                chosen[id(value)] = value
+    flags = [(value, value.requires_grad, value.grad) for value in module.parameters()]
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    narrow: list[tuple[Tensor, torch.dtype]] = [
+        (value, value.dtype) for value in tensors if value.is_floating_point() and value.dtype != torch.float32
+    ]
+    try:
+        for narrowed, _ in narrow:
+            narrowed.data = narrowed.data.to(torch.float32)
+        for value, _, _ in flags:
+            value.grad = None
+            value.requires_grad_(id(value) in chosen)
+        with torch.enable_grad():
+            yield list(chosen.values())
+    finally:
+        for value, flag, _ in flags:
+            value.grad = None
+            value.requires_grad_(flag)
+        for narrowed, dtype in narrow:
+            narrowed.data = narrowed.data.to(dtype)
+        for value, _, gradient in flags:
+            value.grad = gradient
+
+
+def row_loss(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean over rows of the squared difference, relative to the square of the row that is wanted.
+
+    Norms follow a block's output, so each row's relative error is what counts. Tokens with massive activations, whose
+    squares are a thousand times the others', would otherwise be all that is trained on.
+    """
+    size = wanted.square().mean(-1)
+    return ((found - wanted).square().mean(-1) / size.clamp_min(1e-12)).mean()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """A module's output, or the first of several.
+
+    Raises:
+        IsogridError: it is no tensor.
+    """
+    if isinstance(output, tuple | list):
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise IsogridError(f"training compares tensors, a block gives {type(output).__name__}; compress without it")
+    return output
+
+
+def _groups(parameters: Sequence[nn.Parameter], rate: float) -> list[dict[str, Any]]:
+    """One group a tensor: steps of a share of its own size."""
+    sizes = [float(value.detach().square().mean().sqrt()) for value in parameters]
+    positive = sorted(size for size in sizes if size > 0)
+    # A bias of zeros has no size yet: it moves as the middle one does.
+    middle = positive[len(positive) // 2] if positive else 1.0
+    return [{"params": [value], "lr": rate * (size or middle)} for value, size in zip(parameters, sizes, strict=True)]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth, then a cosine down to a tenth."""
+    warm = max(steps // 10, 1)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def _endless(examples: Sequence[T], order: random.Random) -> Iterator[T]:
+    while True:
+        yield from order.sample(list(examples), len(examples))

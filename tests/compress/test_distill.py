@@ -1,0 +1,70 @@
+"""Distillation: predictions come nearer to the original's on windows that were not trained on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from isogrid import IsogridError, LowRank, compress
+from isogrid.compress.distill import Distillation, distill, original_view
+from tests import models
+
+QUICK = Distillation(steps=80, rate=0.01, patience=100)
+
+
+def divergence(model, dense, batch):
+    with torch.no_grad():
+        ours, theirs = (one(**batch).logits.double().log_softmax(-1) for one in (model, dense))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def test_predictions_come_nearer_on_unseen_windows():
+    architecture = models.ARCHITECTURES["llama"]
+    dense, unseen = architecture.build(), architecture.batch(99)
+    data = [architecture.batch(seed) for seed in range(24)]
+    reached = {}
+    for settings in (None, QUICK):
+        model = architecture.build()
+        report = compress(model, LowRank(), keep=0.5, calibration=data, distill=settings)
+        reached[settings] = divergence(model, dense, unseen)
+    assert reached[QUICK] < 0.9 * reached[None]
+    assert report.distilled.after < report.distilled.before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_reported_divergence_is_the_measured_one():
+    architecture = models.ARCHITECTURES["llama"]
+    dense, model = architecture.build(), architecture.build()
+    data = [architecture.batch(seed) for seed in range(2)]
+    report = compress(model, LowRank(), keep=0.5, calibration=data, distill=QUICK)
+    assert min(abs(report.distilled.after - divergence(model, dense, batch)) for batch in data) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit", "blocks"])
+def test_models_of_all_kinds(name):
+    architecture = models.ARCHITECTURES[name]
+    model = architecture.build()
+    data = [architecture.batch(seed) for seed in range(48)]
+    report = compress(model, LowRank(), keep=0.5, calibration=data, distill=QUICK)
+    assert report.distilled.after < report.distilled.before
+
+
+def test_the_teacher_stays_as_it_was_and_shares_the_matrices():
+    architecture = models.ARCHITECTURES["llama"]
+    model = architecture.build()
+    batch = architecture.batch(0)
+    teacher = original_view(model)
+    before = models.output(model, batch)
+    mine, theirs = dict(model.named_parameters()), dict(teacher.named_parameters())
+    assert all((mine[name] is theirs[name]) == (value.ndim > 1) for name, value in mine.items())
+    compress(model, LowRank(), keep=0.5, calibration=[architecture.batch(s) for s in range(8)], refine=0.01)
+    assert torch.equal(models.output(teacher, batch), before)
+
+
+def test_bad_requests():
+    with pytest.raises(IsogridError, match="give calibration"):
+        compress(models.llama(), LowRank(), distill=1.0)
+    with pytest.raises(IsogridError, match="give more windows"):
+        distill(models.llama(), models.llama(), [models.token_batch()], QUICK)
+    with pytest.raises(IsogridError, match="distillation takes a positive number of minutes"):
+        Distillation(minutes=-1)
