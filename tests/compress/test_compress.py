@@ -747,3 +747,24 @@ def test_a_trained_language_model(format, tmp_path):
     again = isogrid.load(tmp_path / "stories")
     batch = {"input_ids": ids}
     assert torch.equal(models.exact_output(again, batch), models.exact_output(model, batch))
+
+
+def test_held_out_rows_tell_what_was_learnt_by_heart():
+    """Anchored fits with about as many rows as inputs repeat them, and say so; with many rows they don't."""
+    model, batch = models.mlp(), models.feature_batch(rows=4000)
+    report = compress(model, "low_rank", keep=0.5, calibration=[batch[:2000], batch[2000:]], held_out=0.25)
+    for layer in report.layers:
+        assert layer.held_error == pytest.approx(layer.error, rel=0.2)
+    # The first layer's inputs are the data itself: its held-out error can be measured from outside.
+    dense = models.mlp()
+    first = report.layers[0].name
+    ours, theirs = model.get_submodule(first), dense.get_submodule(first)
+    held = torch.cat([batch[1500:2000], batch[3500:]])
+    known = torch.cat([batch[:1500], batch[2000:3500]])
+    with torch.no_grad():
+        lost = (theirs(held) - ours(held)).square().sum()
+        whole = (theirs(held) - theirs(known).mean(0)).square().sum()
+    assert report.layers[0].held_error == pytest.approx(float((lost / whole).sqrt()), rel=1e-4)
+    few = models.feature_batch(rows=60)
+    with pytest.warns(IsogridWarning, match="held-out ones"):
+        compress(models.mlp(), "low_rank", keep=0.5, calibration=[few], held_out=0.25, anchor=1.0)

@@ -45,6 +45,10 @@ def compress(
             "layers' spectra; welore: by WeLore's threshold, without data."
         ),
     ] = "uniform",
+    held_out: Annotated[
+        float,
+        typer.Option(help="Share of the calibration rows that fits don't know: they show what was learnt by heart."),
+    ] = 0.0625,
     refine: Annotated[
         float | None, typer.Option(help="Minutes of training of the blocks towards the original's outputs.")
     ] = None,
@@ -120,6 +124,7 @@ def compress(
             skip=skip or (),
             anchor=anchor,
             allocate=allocate,
+            held_out=held_out,
             refine=refine,
             distill=distill,
             seed=seed,

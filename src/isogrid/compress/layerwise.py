@@ -23,7 +23,17 @@ from isogrid.linear import StructuredLinear, linear_matrix
 
 @dataclass
 class Seen:
-    """One input of layers: where it came from, its metric, and the original model's rows of the same tokens."""
+    """One input of layers.
+
+    Attributes:
+        indices: of the batches it came from.
+        inputs: the very tensors.
+        versions: theirs, when they were measured.
+        metric: of the rows that fits know.
+        drift: how they have moved from the original model's; None where they aren't compared.
+        originals: rows of the original model, in the same order, where they are compared.
+        held: rows that fits don't know: (as they are now, as they were in the original model where compared).
+    """
 
     indices: list[int]
     inputs: list[Tensor]
@@ -31,6 +41,7 @@ class Seen:
     metric: Metric
     drift: Drift | None
     originals: list[Tensor]
+    held: list[tuple[Tensor, Tensor]]
 
     def is_of(self, indices: list[int], inputs: list[Tensor]) -> bool:
         """Whether these are the very inputs, unchanged since."""
@@ -50,6 +61,27 @@ class Seen:
             rows += len(y)
         return square / rows - (float((total / rows).square().sum()) if centred else 0.0)
 
+    def held_error(self, linear: nn.Module, layer: StructuredLinear, mean: Tensor | None) -> float | None:
+        """Relative output error of a layer on the rows that its fit didn't know; None without any.
+
+        Args:
+            linear: the original layer.
+            layer: the fitted one.
+            mean: of the inputs that the fit knew, where outputs are counted about it.
+        """
+        lost, whole = 0.0, 0.0
+        matrix = linear_matrix(linear).detach().to(torch.float32)
+        middle = None if mean is None else matrix @ mean.to(matrix)
+        with torch.no_grad():
+            for now, before in self.held:
+                wanted = before.to(torch.float32) @ matrix.mT
+                found = layer(now.to(layer.floating_factor().dtype)).to(torch.float32)
+                if linear.bias is not None:
+                    found = found - linear.bias.detach().to(torch.float32)  # type: ignore[operator]
+                lost += float((wanted - found).square().sum(dtype=torch.float64))
+                whole += float((wanted if middle is None else wanted - middle).square().sum(dtype=torch.float64))
+        return _relative(lost, whole) if self.held else None
+
 
 class InOrder:
     """Visits layers as their inputs arrive; layers of one input share its metric.
@@ -57,13 +89,23 @@ class InOrder:
     Args:
         fit: ``(layer name, metric, seen) -> module that takes its place``.
         batches: of the calibration, whose masks tell which rows are padding.
-        anchored: whether passes through the original model come along, to be compared with.
+        anchored: whether to compare with the passes through the original model that come along.
+        original: whether the metric is that of the original model's inputs, which then have to come along.
+        held_out: share of each batch's rows, its last, that fits don't know and are judged by.
     """
 
     def __init__(
-        self, fit: Callable[[str, Metric, Seen], nn.Module], batches: Sequence[Any], *, anchored: bool
+        self,
+        fit: Callable[[str, Metric, Seen], nn.Module],
+        batches: Sequence[Any],
+        *,
+        anchored: bool,
+        original: bool = False,
+        held_out: float = 0.0,
     ) -> None:
+        self._held_out = held_out
         self.rows = 0  # most rows that any layer has seen
+        self._original = original
         self._fit = fit
         self._batches = batches
         self._anchored = anchored
@@ -80,19 +122,27 @@ class InOrder:
         batches = self._batches
         present = {i: x for i, x in zip(indices, inputs, strict=True) if i < len(batches)}
         before = {i - len(batches): x for i, x in zip(indices, inputs, strict=True) if i >= len(batches)}
-        total, moved, rows_before = MomentSum(), DriftSum(), []
+        if self._original and before:
+            present = before
+        total, moved = MomentSum(), DriftSum()
+        rows_before: list[Tensor] = []
+        held: list[tuple[Tensor, Tensor]] = []
         # Where the streams took different ways (experts), rows have no partners.
         paired = self._anchored and present.keys() == before.keys()
         paired = paired and all(before[i].shape == x.shape for i, x in present.items())
         for index, x in present.items():
             rows = real_rows(x, batches[index])
-            total.add(rows)
+            old = real_rows(before[index], batches[index]) if paired else rows
+            cut = len(rows) - int(self._held_out * len(rows))
+            if cut < len(rows):
+                held.append((rows[cut:], old[cut:]))
+            total.add(rows[:cut])
             if paired:
-                rows_before.append(real_rows(before[index], batches[index]))
-                moved.add(rows_before[-1], rows)
+                rows_before.append(old[:cut])
+                moved.add(old[:cut], rows[:cut])
         self.rows = max(self.rows, total.rows)
         versions = [x._version for x in inputs]
-        return Seen(indices, inputs, versions, total.metric(name), moved.drift(), rows_before)
+        return Seen(indices, inputs, versions, total.metric(name), moved.drift(), rows_before, held)
 
 
 def fit_in_order(
@@ -150,6 +200,9 @@ def fit_layer(
     if bias is not None and layer.bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)
     layer.train(linear.training)
+    held_error = None
+    if seen is not None and metric is not None:
+        held_error = seen.held_error(linear, layer, metric.mean if moves_bias else None)
     return layer, LayerReport(
         name=name,
         format=fmt,
@@ -158,6 +211,7 @@ def fit_layer(
         parameters=layer.cost().parameters,
         dense_parameters=out_features * in_features,
         error=reached,
+        held_error=held_error,
         least_error=least,
         upstream=upstream,
         iterations=fitted.iterations,

@@ -29,6 +29,8 @@ from isogrid.linear import StructuredLinear, linear_matrix
 
 # What `format="auto"` chooses from: the formats whose calibrated fits have won on some kind of layer.
 AUTO = ("low_rank_light", "blast", "monarch", "block_tensor_train")
+# A fit whose error on held-out rows is this many times its own follows its sample.
+OVERFITTED = 1.5
 OnLayer = Callable[[LayerReport], None]
 
 
@@ -43,8 +45,10 @@ def compress(
     length: int = 512,
     select: str | Iterable[str] | None = None,
     skip: str | Iterable[str] = (),
+    inputs: str = "compressed",
     anchor: float = 0.0,
     allocate: str = "uniform",
+    held_out: float = 0.0,
     refine: Refinement | float | None = None,
     distill: Distillation | float | None = None,
     seed: int = 0,
@@ -62,17 +66,21 @@ def compress(
         budget: instead of ``keep``, parameters or bytes for all selected matrices together.
         calibration: None for plain fits of the matrices; else data on which to keep the layers' *outputs* (batches,
             a tensor of token windows, texts: see `as_batches`), or `Moments` measured before. With data, layers are
-            fitted in order, each on the inputs that it gets from the layers already compressed.
+            fitted in order.
         tokenizer: for texts.
         length: window length in tokens, for texts.
         select: patterns of layer names; None: the linear layers of the repeated blocks (see `select_layers`).
         skip: patterns of layers to leave dense.
+        inputs: "compressed": each layer is fitted on the inputs that it gets from the layers already compressed;
+            "original": on those of the original model, as SVD-LLM and AA-SVD do.
         anchor: from 0 (each layer keeps its own matrix on the inputs it now gets) to 1 (it aims at the original
             model's outputs, and so repairs what the layers before have lost). Needs calibration data, not `Moments`.
         allocate: "uniform", every layer the same share, rounded down; "global", one budget spent where the model's loss
             is most sensitive, layers left dense where that is best (needs data, and two more passes through it);
             "water_filling", one budget by the whitened spectra alone; "welore", by WeLore's threshold, without data.
             The last two choose ranks of low rank or Light.
+        held_out: share of the calibration rows (the last of each batch) that fits don't know, to tell where they have
+            learnt their sample by heart: `LayerReport.held_error`, and a warning. The command takes a sixteenth.
         refine: train each block, when its layers are fitted, until its outputs are as near to the original model's as
             they get: minutes for all blocks, or a `Refinement`; None: no training. Needs calibration data.
         distill: at the end, train the whole model towards the original's predictions: minutes, or a `Distillation`.
@@ -96,6 +104,12 @@ def compress(
         raise IsogridError(
             f"anchor={anchor:g} compares two models on data: give calibration batches or texts, or anchor=0"
         )
+    if inputs not in ("compressed", "original") or (inputs == "original" and anchor):
+        raise IsogridError(
+            f"inputs is 'compressed', or without anchor 'original'; got {inputs!r} with anchor={anchor:g}"
+        )
+    if not 0 <= held_out < 1:
+        raise IsogridError(f"held_out is a share in [0, 1) of the calibration rows, got {held_out}")
     check_allocation(allocate, formats, calibration)
     if (refine is not None or distill is not None) and (calibration is None or isinstance(calibration, Moments)):
         raise IsogridError("refine and distill train on data: give calibration batches or texts")
@@ -150,10 +164,11 @@ def compress(
                     source, working = known, None if known is None else known.fresh()
                 model.set_submodule(name, fit(name, working))
         else:
-            visit = InOrder(fit, calibration, anchored=anchor > 0)
+            visit = InOrder(fit, calibration, anchored=anchor > 0, original=inputs == "original", held_out=held_out)
+            compared = anchor > 0 or inputs == "original"
             with evaluation_mode(model):
                 if refinement is None:
-                    fit_in_order(model, layers, calibration, visit, anchored=anchor > 0)
+                    fit_in_order(model, layers, calibration, visit, anchored=compared)
                 else:
                     report.blocks = fit_by_blocks(
                         model,
@@ -161,7 +176,7 @@ def compress(
                         calibration,
                         visit,
                         refinement,
-                        anchored=anchor > 0,
+                        anchored=compared,
                         seed=seed,
                         on_block=on_block,
                     )
@@ -172,7 +187,8 @@ def compress(
             if teacher is not None and distillation is not None:
                 with evaluation_mode(teacher), evaluation_mode(model):
                     report.distilled = distill_model(model, teacher, calibration, distillation, seed=seed)
-            report.calibration = f"{visit.rows} rows, inputs of the compressed part"
+            report.calibration = f"{visit.rows} rows, inputs of the "
+            report.calibration += "compressed part" if inputs == "compressed" else "original model"
         report.model_bytes, report.model_parameters = stored_bytes(model), count_parameters(model)
         report.warnings = _warnings(report)
         for message in report.warnings:  # inside: a caller's filter may make them errors
@@ -247,5 +263,13 @@ def _warnings(report: CompressionReport) -> list[str]:
         out.append(
             f"{len(few)} layers have fewer calibration rows than inputs, the worst {worst.name!r} ({worst.rows} "
             f"rows for {worst.in_features} inputs): these fits follow the sample; give 8 times as many"
+        )
+    learnt = [one for one in report.layers if one.held_error is not None and one.held_error > OVERFITTED * one.error]
+    learnt = [one for one in learnt if (one.held_error or 0) > one.error + 0.02]
+    if learnt and not few:
+        worst = max(learnt, key=lambda one: (one.held_error or 0) - one.error)
+        out.append(
+            f"{len(learnt)} layers fit their calibration rows much better than held-out ones, the worst {worst.name!r} "
+            f"({worst.error:.3f} and {worst.held_error:.3f}): give more windows, or anchor=0"
         )
     return out

@@ -27,6 +27,8 @@ class LayerReport:
         dense_parameters: out · in.
         error: relative output error on the calibration rows: of the matrix on the inputs that it gets now or, anchored,
             against the original model's outputs. The relative Frobenius error of a plain fit.
+        held_error: the same on calibration rows that the fit didn't know; far above ``error``, the fit follows its
+            sample. None where no rows were held out.
         upstream: the part of the error that the layers before have caused and no matrix here can repair; known for
             anchored fits, else 0.
         least_error: no fit of this member can have a smaller error; None where no bound is known.
@@ -44,6 +46,7 @@ class LayerReport:
     parameters: int
     dense_parameters: int
     error: float
+    held_error: float | None
     least_error: float | None
     upstream: float
     iterations: int
@@ -62,6 +65,7 @@ class LayerReport:
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "error": self.error,
+            "held_error": self.held_error,
             "least_error": self.least_error,
             "upstream": self.upstream,
             "iterations": self.iterations,

@@ -47,7 +47,7 @@ class Tuning:
     rows: int = 512
     held_out: float = 0.125
     look_every: int = 25
-    patience: int = 2
+    patience: int = 4
     least_gain: float = 0.005
 
     def __post_init__(self) -> None:

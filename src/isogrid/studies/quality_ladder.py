@@ -1,0 +1,292 @@
+"""The ladder of one-shot compression: plain, whitened, anchored, + allocation, + refinement, + distillation.
+
+Each rung adds one step to the one before, for every format, beside the best published recipe (AA-SVD: low rank on the
+original inputs, equal ratios, block refinement) run by the same code on the same windows. Every row is also measured on
+a text of another domain that is never calibrated on.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.compress import (
+    Distillation,
+    Moments,
+    Refinement,
+    collect_moments,
+    compress,
+    dense_parameters,
+    select_layers,
+    stored_bytes,
+)
+from isogrid.data import load_pretrained, load_stories260k, load_text, token_windows
+from isogrid.errors import IsogridError
+from isogrid.evaluation import peak_memory_bytes, perplexity
+from isogrid.report import describe_machine, progress, today, write_report
+from isogrid.studies.rows import Say, gap, remembered, row_of
+
+RUNGS = ("plain", "whitened", "anchored", "+ allocation", "+ refinement", "+ distillation")
+RECIPE = "AA-SVD recipe"
+NAMES = {
+    "low_rank": "Low rank",
+    "low_rank_light": "Low-Rank Light",
+    "blast": "BLAST",
+    "monarch": "Monarch",
+    "block_tensor_train": "Block Tensor-Train",
+    "block_dense": "BlockDense",
+    "kronecker": "Kronecker",
+    "tensor_train": "Tensor train",
+    "block_tensor_chain": "Block tensor chain",
+    "block_diagonal": "Block-diagonal",
+}
+FIRST = ("low_rank", "low_rank_light", "blast", "monarch", "block_tensor_train", "block_dense")
+FAST = {"monarch": {"sweeps": 2}, "block_tensor_train": {"sweeps": 2}}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One row: a format at a size, climbed so far."""
+
+    format: str
+    keep: float
+    rung: str
+
+    @property
+    def key(self) -> str:
+        """Name of the stored row."""
+        return f"{self.format}-{self.keep:g}-{self.rung.replace('+ ', '')}".replace(" ", "_")
+
+    @property
+    def label(self) -> str:
+        """Name in tables."""
+        return RECIPE if self.rung == RECIPE else NAMES[self.format]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model of a part, with its windows."""
+
+    name: str
+    model: nn.Module
+    calibration: Tensor
+    evaluation: Tensor
+    other: Tensor
+    refinement: Refinement
+    distillation: Distillation
+
+
+def rungs_of(part: str, *, full: bool, quick: bool) -> list[Rung]:
+    """The rows of a part, in the order they are measured.
+
+    Raises:
+        IsogridError: unknown part.
+    """
+    if part == "formats":
+        names = tuple(NAMES) if full else FIRST[:2] if quick else FIRST
+        return [Rung(name, 0.6, rung) for name in names for rung in RUNGS[:3]]
+    if part == "steps":
+        small = [Rung("low_rank_light", 0.6, rung) for rung in RUNGS[3:]] + [Rung("low_rank", 0.6, RECIPE)]
+        if not full:
+            return small
+        best = ("low_rank_light", "low_rank", "blast", "block_dense")
+        rows = [Rung(name, keep, rung) for keep in (0.6, 0.8) for name in best for rung in RUNGS[3:]]
+        rows += [Rung("low_rank", keep, RECIPE) for keep in (0.6, 0.8)]
+        return rows + [Rung("low_rank_light", 0.4, rung) for rung in RUNGS[3:]]
+    if part == "stories":
+        return [Rung(name, 0.6, rung) for name in (FIRST[:2] if quick else NAMES) for rung in RUNGS] + [
+            Rung("low_rank", 0.6, RECIPE)
+        ]
+    raise IsogridError(f"quality_ladder has the parts formats, steps and stories; got {part!r}")
+
+
+def run_quality_ladder(
+    out: Path,
+    *,
+    part: str = "formats",
+    full: bool = False,
+    quick: bool = False,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    command: str = "isogrid study quality_ladder",
+    say: Say = print,
+) -> dict[str, Any]:
+    """One part of the ladder.
+
+    Args:
+        out: folder; the part's table is written to ``out/part``. Rows are kept in ``runs`` and not measured again.
+        part: "formats", the first three rungs of the formats at 0.6; "steps", the last rungs of Light at 0.6 beside
+            the published recipe; "stories", every format over all rungs on the smallest model.
+        full: all formats, and for "steps" the best four at 0.8 and 0.6, and Light at 0.4: several hours.
+        quick: few windows and formats.
+        seed: of fits and training.
+        data_dir: where WikiText-2 is looked up first.
+        command: the command line, for the page.
+        say: told what happens.
+
+    Returns:
+        The data of the table.
+    """
+    rungs = rungs_of(part, full=full, quick=quick)
+    minutes = {"formats": 3, "steps": 14, "stories": 0.15}[part] * len(rungs) * (0.2 if quick else 1)
+    say(f"{len(rungs)} rows; about {minutes:.0f} minutes on two cores, less for rows that are there already")
+    subject = _stories(quick, data_dir) if part == "stories" else _smollm(quick, data_dir)
+    settings: dict[str, Any] = {
+        "calibration": f"{len(subject.calibration)} windows of {subject.calibration.shape[1]} tokens",
+        "evaluation": f"{len(subject.evaluation)} windows of the other half of the articles",
+        "other domain": f"{len(subject.other)} windows of Python's documentation, never calibrated on",
+        "refinement": _spelled(subject.refinement),
+        "distillation": _spelled(subject.distillation),
+        "seed": seed,
+    }
+    if part == "stories":
+        settings["evaluation"] = f"{len(subject.evaluation)} other stories that the model tells"
+    runs = Path("runs/study/quality_ladder") / part
+    moments: Moments | None = None
+
+    def measured(model: nn.Module) -> dict[str, Any]:
+        return {
+            "quality": perplexity(model, subject.evaluation).perplexity,
+            "other_quality": perplexity(model, subject.other).perplexity,
+        }
+
+    def dense_row() -> dict[str, Any]:
+        return {
+            "label": "Dense",
+            "format": "dense",
+            "achieved_keep": 1.0,
+            "parameters": dense_parameters(select_layers(subject.model)),
+            "bytes": stored_bytes(subject.model),
+            **measured(subject.model),
+        }
+
+    dense = remembered(runs, "dense", settings, dense_row)
+    say(f"dense: perplexity {dense['quality']:.2f}, other domain {dense['other_quality']:.2f}")
+
+    def row(one: Rung) -> dict[str, Any]:
+        nonlocal moments
+        if one.rung == "whitened" and moments is None:
+            moments = collect_moments(subject.model, select_layers(subject.model), subject.calibration)
+        smaller = copy.deepcopy(subject.model)
+        with progress(f"{one.label} {one.rung}", len(select_layers(smaller))) as step:
+            report = compress(
+                smaller,
+                one.format,
+                keep=one.keep,
+                seed=seed,
+                on_layer=lambda layer: step(layer.name),
+                **_arguments(one, subject, moments),
+            )
+        found = row_of(report, one.label, calibrated=one.rung != "plain") | measured(smaller)
+        found["rung"] = one.rung
+        found["gap"] = gap(found["quality"], dense["quality"])
+        found["blocks"] = [block.to_dict() for block in report.blocks]
+        found["peak_memory"] = peak_memory_bytes()
+        return found
+
+    rows = []
+    for one in rungs:
+        rows.append(remembered(runs, one.key, settings, partial(row, one)))
+        last = rows[-1]
+        say(
+            f"{one.label}, {one.rung}, keep {one.keep:g}: perplexity {last['quality']:.4g}, other domain "
+            f"{last['other_quality']:.4g}, gap {last['gap']:.3f}, {last['seconds'] / 60:.1f} min"
+        )
+    from isogrid import __version__
+
+    result = {
+        "title": f"The ladder on {subject.name}: {part}",
+        "command": command,
+        "model": subject.name,
+        "created": today(),
+        "machine": describe_machine(__version__),
+        "settings": settings,
+        "quality": {"name": "perplexity", "better": "lower"},
+        "other_quality": {"name": "other domain"},
+        "dense": dense,
+        "rows": rows,
+        "notes": [
+            "Each rung adds to the one before: whitened fits know the original model's inputs; anchored ones aim at "
+            "its outputs from the compressed part's inputs; allocation spends one budget by sensitivity; refinement "
+            "trains block by block; distillation the whole model.",
+            "The published recipe: low rank on the original inputs, equal ratios, the same refinement.",
+            "Perplexities can't be compared with published ones.",
+        ],
+    }
+    write_report(result, out / part)
+    return result
+
+
+def _arguments(one: Rung, subject: Subject, moments: Moments | None) -> dict[str, Any]:
+    """What `compress` is told on a rung."""
+    if one.rung == "plain":
+        return {}
+    options: dict[str, Any] = dict(FAST.get(one.format, {}))
+    if one.rung == "whitened":
+        return {"calibration": moments, **options}
+    options["calibration"] = subject.calibration
+    if one.rung == RECIPE:
+        return options | {"inputs": "original", "refine": subject.refinement}
+    if one.rung == "anchored":
+        return options | {"anchor": 1.0}
+    options |= {"allocate": "global"}
+    if one.rung in RUNGS[4:]:
+        options["refine"] = subject.refinement
+    if one.rung == RUNGS[5]:
+        options["distill"] = subject.distillation
+    return options
+
+
+def _smollm(quick: bool, data_dir: Path | None) -> Subject:
+    model, tokenizer = load_pretrained("smollm2-135m")
+    windows = partial(_windows, tokenizer, data_dir, 512)
+    return Subject(
+        "SmolLM2-135M-Instruct",
+        model,
+        windows("wikitext2:calibration", 8 if quick else 64),
+        windows("wikitext2:evaluation", 4 if quick else 32),
+        windows("pydoc", 4 if quick else 16),
+        Refinement(steps=20 if quick else 200),
+        Distillation(steps=10 if quick else 100),
+    )
+
+
+def _stories(quick: bool, data_dir: Path | None) -> Subject:
+    """The smallest model writes its calibration and evaluation text itself: the text it was trained on is not here."""
+    model, tokenizer = load_stories260k(data_dir)
+    told = _told_stories(model, tokenizer.bos_token_id, 24 if quick else 192)
+    cut = len(told) * 2 // 3
+    return Subject(
+        "stories260k",
+        model,
+        told[:cut],
+        told[cut:],
+        token_windows(tokenizer, load_text("pydoc"), 256, 8 if quick else 32),
+        Refinement(steps=50 if quick else 200, rate=0.01, rows=1024),
+        Distillation(steps=50 if quick else 200, rate=0.005, rows=1024),
+    )
+
+
+def _told_stories(model: Any, start: int, count: int) -> Tensor:
+    """Windows ``(count, 256)`` sampled from the model at temperature 1, always the same ones."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        begin = torch.full((count, 1), start)
+        told: Tensor = model.generate(
+            begin, max_length=256, min_length=256, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=start
+        )
+    return told
+
+
+def _windows(tokenizer: Any, data_dir: Path | None, length: int, name: str, count: int) -> Tensor:
+    return token_windows(tokenizer, load_text(name, data_dir), length, count)
+
+
+def _spelled(tuning: Refinement | Distillation) -> str:
+    return f"{tuning.steps} steps of {tuning.rows} tokens, rate {tuning.rate:g}, {tuning.held_out:g} held out"
