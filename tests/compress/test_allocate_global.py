@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress
-from isogrid.compress.allocate import Option, choose
-from isogrid.compress.curves import error_curve
+from isogrid.compress import as_candidates
+from isogrid.compress.allocate import Option, choose, lagrangian_bound, water_fill
+from isogrid.compress.curves import Curves, error_curve, sampled
 from isogrid.compress.sensitivity import loss_weights
 from isogrid.fitting import squared_norm
-from isogrid.formats import Dense
+from isogrid.formats import Budget, Dense
 
 F64 = torch.float64
 SPECTRA = {"a": ((8, 8), 10, 1), "b": ((8, 16), 4, 2), "c": ((16, 8), 1, 0.5)}
@@ -155,3 +156,129 @@ def test_bad_requests_are_refused():
         compress(unequal(), LowRank(), calibration=[torch.randn(64, 24, dtype=F64)], allocate="best")
     with pytest.raises(IsogridError, match="give calibration"):
         compress(unequal(), LowRank(), allocate="global")
+
+
+def spectra_only():
+    return documented(LowRank(), dense=False)
+
+
+def test_water_filling_spends_on_the_largest_values_per_cost():
+    chosen = water_fill(spectra_only(), 160)
+    assert tuple(one.format.rank for one in chosen.values()) == (7, 1, 1)
+    assert sum(one.error for one in chosen.values()) == pytest.approx(6.731125, abs=1e-6)
+    with pytest.raises(BudgetError, match="keep more"):
+        water_fill(spectra_only(), 10)
+
+
+@pytest.mark.parametrize("budget", [100, 160, 224, 300])
+def test_the_bound_is_below_the_exact_choice_and_that_below_water_filling(budget):
+    options = spectra_only()
+    exact = sum(one.error for one in choose(options, budget).values())
+    assert lagrangian_bound(options, budget) <= exact * (1 + 1e-9)
+    assert exact <= sum(one.error for one in water_fill(options, budget).values()) * (1 + 1e-9)
+
+
+def test_the_bound_is_tight_where_a_price_spends_just_the_budget():
+    options = {"a": [Option(LowRank(1), 1, 4.0), Option(LowRank(2), 2, 1.0), Option(LowRank(3), 3, 0.5)]}
+    assert lagrangian_bound(options, 2) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_water_filling_in_a_model():
+    data = torch.randn(1024, 24, dtype=F64, generator=torch.Generator().manual_seed(2))
+    model = unequal()
+    report = compress(model, LowRank(), keep=0.5, calibration=[data], allocate="water_filling")
+    assert report.achieved_keep <= 0.5
+    assert min(layer.format.rank for layer in report.layers) < max(layer.format.rank for layer in report.layers)
+    with pytest.raises(IsogridError, match="water filling chooses ranks"):
+        compress(unequal(), Monarch(2), calibration=[data], allocate="water_filling")
+
+
+def planted():
+    """Three layers of one shape: a Monarch matrix, one of no structure, one of low rank."""
+    source = torch.Generator().manual_seed(5)
+    model = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(3)]).double()
+    shapes = Monarch(4, 2)
+    factors = {
+        name: torch.randn(spec.shape, generator=source, dtype=F64) for name, spec in shapes.factors(32, 32).items()
+    }
+    with torch.no_grad():
+        model[2].weight.copy_(
+            torch.randn(32, 5, generator=source, dtype=F64) @ torch.randn(5, 32, generator=source).double()
+        )
+        model[0].weight.copy_(shapes.dense(factors, 32, 32))
+        model[1].weight.copy_(torch.randn(32, 32, generator=source, dtype=F64))
+        for layer in model:
+            layer.weight /= layer.weight.norm() / 6
+    return model
+
+
+def test_of_several_formats_each_layer_gets_the_better_one():
+    data = torch.randn(2048, 32, dtype=F64, generator=torch.Generator().manual_seed(2))
+    errors = {}
+    for formats in (["low_rank"], ["monarch"], ["low_rank", "monarch"]):
+        report = compress(planted(), formats, keep=0.5, calibration=[data])
+        errors["+".join(formats)] = [layer.error for layer in report.layers]
+        assert report.achieved_keep <= 0.5
+    assert {layer.format.name for layer in report.layers} == {"low_rank", "monarch"}
+    both, low_rank, monarch = (errors[key] for key in ("low_rank+monarch", "low_rank", "monarch"))
+    assert both[0] < 1e-6 < low_rank[0]
+    # The first layer is kept as it is, alone and here: the second has the same inputs.
+    assert both[1] <= 1.02 * monarch[1]
+
+
+def test_one_budget_over_several_formats_is_never_worse_than_the_best_of_them():
+    data = torch.randn(2048, 32, dtype=F64, generator=torch.Generator().manual_seed(2))
+    wish = planted()(data).detach()
+    reached, predicted = {}, {}
+    for formats in (["low_rank"], ["monarch"], ["low_rank", "monarch"]):
+        model = planted()
+        report = compress(model, formats, keep=0.5, calibration=[data], allocate="global")
+        key = "+".join(formats)
+        reached[key] = float((model(data).detach() - wish).norm() / wish.norm())
+        predicted[key] = report.predicted_rise
+        assert report.achieved_keep <= 0.5
+        assert report.least_rise <= report.predicted_rise * (1 + 1e-9)
+    assert reached["low_rank+monarch"] < 0.9 * min(reached["low_rank"], reached["monarch"])
+    assert predicted["low_rank+monarch"] <= min(predicted["low_rank"], predicted["monarch"])
+
+
+def test_curves_of_a_kind_come_from_its_samples():
+    """Eight alike layers, two of them fitted: the others' predicted errors are near their fits'."""
+    source = torch.Generator().manual_seed(3)
+    blocks = nn.ModuleList(nn.Sequential(nn.Linear(24, 24, bias=False)) for _ in range(8)).double()
+    decay = torch.diag(torch.arange(1, 25, dtype=F64) ** -1.0)
+    for block in blocks:
+        block[0].weight.data = torch.randn(24, 24, generator=source, dtype=F64) @ decay
+    layers = {f"{place}.0": block[0] for place, block in enumerate(blocks)}
+    assert len(sampled(layers)) == 2
+    curves = Curves(layers, [Monarch(4)], 0.0, Budget(parameters=0))
+    for name in layers:
+        curves.visit(name, None)
+    for name, layer in layers.items():
+        for one in curves.of(name)[:-1]:
+            error = squared_norm(layer.weight.detach() - one.format.dense(one.format.fit(layer.weight), 24, 24), None)
+            assert one.error == pytest.approx(float(error), rel=0.35)
+
+
+@pytest.mark.parametrize("allocate", ["uniform", "global"])
+def test_a_budget_in_bytes_is_kept_in_bytes(allocate):
+    data = torch.randn(512, 24, dtype=F64, generator=torch.Generator().manual_seed(2))
+    limit = 3 * 24 * 24 * 8 * 6 // 10
+    model = unequal()
+    report = compress(
+        model, "low_rank_light", budget=Budget(bytes=limit, dtype=F64), calibration=[data], allocate=allocate
+    )
+    stored = sum(value.nbytes for name, value in model.state_dict().items() if not name.endswith(("bias", "weight")))
+    assert 0.8 * limit < stored <= limit
+    assert report.requested_keep == pytest.approx(0.6, abs=1e-3)
+    with pytest.raises(IsogridError, match="give less"):
+        compress(unequal(), "low_rank", budget=Budget(bytes=10**6, dtype=F64))
+
+
+def test_auto_is_a_list_of_formats_that_exist():
+    assert len(as_candidates("auto")) >= 3
+    assert as_candidates(["low_rank", LowRank()]) == (LowRank(),)
+    with pytest.raises(IsogridError, match="leave rank"):
+        as_candidates(["low_rank(rank=3)"])
+    with pytest.raises(IsogridError, match="needs a format"):
+        as_candidates([])

@@ -103,7 +103,9 @@ def lagrangian_bound(options: Mapping[str, Sequence[Option]], budget: int) -> fl
     """A sum of errors that no choice within the budget falls below: ``max_p sum_l min(e + p c) - p B``."""
     low, high = 0.0, 1.0
     curves = [
-        (torch.tensor([float(o.cost) for o in of], dtype=torch.float64), torch.tensor([o.error for o in of]).double())
+        tuple(
+            torch.tensor(values, dtype=torch.float64) for values in zip(*[(o.cost, o.error) for o in of], strict=True)
+        )
         for of in options.values()
     ]
 

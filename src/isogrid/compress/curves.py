@@ -29,7 +29,8 @@ PROBES = (0.2, 0.4, 0.6, 0.8)
 OFFERED = tuple(0.05 * step for step in range(2, 19))
 # At most so many members of a closed curve: neighbouring ranks tell the choice nothing that their neighbours don't.
 MEMBERS = 128
-SAMPLES_OF_A_KIND = 2
+# Layers of a kind that are fitted: all of few, else so many.
+SAMPLES_OF_A_KIND, FEW = 2, 4
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def sampled(layers: Mapping[str, nn.Module]) -> set[str]:
         kinds.setdefault(kind(name, linear_matrix(module)), []).append(name)
     found: set[str] = set()
     for names in kinds.values():
-        count = min(SAMPLES_OF_A_KIND, len(names))
+        count = len(names) if len(names) <= FEW else SAMPLES_OF_A_KIND
         found |= {names[(2 * place + 1) * len(names) // (2 * count)] for place in range(count)}
     return found
 
