@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -50,7 +51,8 @@ def compress(
         typer.Option(help="Share of the calibration rows that fits don't know: they show what was learnt by heart."),
     ] = 0.0625,
     refine: Annotated[
-        float | None, typer.Option(help="Minutes of training of the blocks towards the original's outputs.")
+        float | None,
+        typer.Option(help="Minutes of training of the blocks towards the original's outputs; resumes if interrupted."),
     ] = None,
     distill: Annotated[
         float | None, typer.Option(help="Minutes of training of the whole model towards the original's predictions.")
@@ -111,6 +113,7 @@ def compress(
     label = " or ".join(fmt.label() for fmt in formats)
     notes.print(f"{len(layers)} layers as {label}; about {format_duration(estimate)}", highlight=False)
     begun = time.perf_counter()
+    kept = out.parent / f"{out.name}.blocks"  # an interrupted refinement goes on from here
     with progress("Compressing", len(layers)) as step:
         report = compress_model(
             loaded,
@@ -127,12 +130,15 @@ def compress(
             held_out=held_out,
             refine=refine,
             distill=distill,
+            resume=kept if refine is not None else None,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
         )
     if calibrate is not None:
         report.calibration = f"{calibrate}, {report.calibration}"
     save(loaded, out, tokenizer=tokenizer, dense=export == "dense")
+    if refine is not None:
+        shutil.rmtree(kept, ignore_errors=True)
     if export == "dense":  # the factors are multiplied out again: the file is as large as the dense model's
         report.model_bytes, report.model_parameters = report.dense_model_bytes, report.dense_model_parameters
     seconds, peak = time.perf_counter() - begun, peak_memory_bytes()

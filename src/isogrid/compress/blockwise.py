@@ -12,7 +12,9 @@ from torch import nn
 from isogrid.compress.calibrate import forward_calls
 from isogrid.compress.layerwise import InOrder
 from isogrid.compress.lockstep import Halt, lockstep
+from isogrid.compress.progress import Progress
 from isogrid.compress.refine import BlockReport, Example, OnBlock, Refinement, refine_block
+from isogrid.compress.summary import LayerReport
 from isogrid.compress.tuning import first_tensor
 from isogrid.errors import IsogridError
 
@@ -31,81 +33,113 @@ def enclosing_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[
     return found
 
 
-def fit_by_blocks(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: Sequence[Any],
-    visit: InOrder,
-    settings: Refinement,
-    *,
-    anchored: bool,
-    seed: int = 0,
-    on_block: OnBlock | None = None,
-) -> list[BlockReport]:
-    """Fit all layers of a block, refine it, go on with the next.
+class ByBlocks:
+    """Fits all layers of a block, refines it, keeps it on disk, and goes on with the next.
 
     Args:
         model: its layers are replaced in place, and vectors inside its blocks trained.
         layers: name to module.
         batches: calibration batches.
         visit: fits one layer.
-        settings: of the refinement.
+        done: the reports of fitted layers, which ``visit`` adds to.
+        settings: of the refinement; None: none.
         anchored: whether layer fits compare with the original model too.
         seed: of the order of windows.
+        progress: where finished blocks are kept; None: nowhere.
         on_block: called with the report of each refined block.
-
-    Returns:
-        The report of each block that holds more than one layer alone.
-
-    Raises:
-        IsogridError: a block is run more than once in a pass.
     """
-    blocks = enclosing_blocks(model, layers)
-    modules = {name: model.get_submodule(name) for name in blocks}
-    reports: list[BlockReport] = []
-    trained = 0.0
 
-    def left() -> float | None:
-        if settings.minutes is None:
-            return None
-        waiting = sum(name not in layers for name in blocks) - len(reports)
-        return max(60 * settings.minutes - trained, 0.0) / max(waiting, 1)
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Any],
+        visit: InOrder,
+        done: list[LayerReport],
+        settings: Refinement | None,
+        *,
+        anchored: bool,
+        seed: int = 0,
+        progress: Progress | None = None,
+        on_block: OnBlock | None = None,
+    ) -> None:
+        self._model, self._layers, self._batches = model, layers, batches
+        self._visit, self._done, self._settings = visit, done, settings
+        self._anchored, self._seed, self._progress, self._on_block = anchored, seed, progress, on_block
+        self._blocks = enclosing_blocks(model, layers)
+        self._modules = {name: model.get_submodule(name) for name in self._blocks}
+        self._trained = 0.0
+        self.reports: list[BlockReport] = []
 
-    def on_unit(name: str, halts: list[Halt]) -> nn.Module:
-        nonlocal trained
-        if name in layers:
-            return visit(name, halts)
-        block = modules[name]
+    def run(self) -> list[BlockReport]:
+        """All blocks, in one pass; returns the reports of the refined ones.
+
+        Raises:
+            IsogridError: a block is run more than once in a pass.
+        """
+        originals = forward_calls(self._model, self._batches) if self._needs_originals else ()
+        lockstep(self._model, forward_calls(self._model, self._batches), self._modules, self._on_unit, originals)
+        return self.reports
+
+    @property
+    def _needs_originals(self) -> bool:
+        return self._anchored or self._settings is not None
+
+    def _on_unit(self, name: str, halts: list[Halt]) -> nn.Module:
+        if name in self._layers:
+            return self._visit(name, halts)
+        block = self._modules[name]
         now, before = [h for h in halts if not h.original], [h for h in halts if h.original]
-        if [h.index for h in before] != [h.index + len(batches) for h in now]:
+        if self._needs_originals and [h.index for h in before] != [h.index + len(self._batches) for h in now]:
             raise IsogridError(f"block {name!r}: the two models went different ways; compress without refinement")
         calls = _calls(block, now)
         for halt, call in zip(before, _calls(block, before), strict=True):
             halt.output = call()
-        inner = {layer.removeprefix(f"{name}."): layers[layer] for layer in blocks[name]}
-        places = [h.index for h in now]
-
-        def on_layer(layer: str, inside: list[Halt]) -> nn.Module:
-            for halt in inside:  # batches that don't come here leave gaps in the numbers
-                halt.index = places[halt.index % len(places)] + len(batches) * halt.original
-            return visit(f"{name}.{layer}", inside)
-
-        lockstep(block, calls, inner, on_layer, _calls(block, before) if anchored else ())
-        examples = [
-            Example(halt, first_tensor(original.output), batches[halt.index])
-            for halt, original in zip(now, before, strict=True)
-        ]
-        found = refine_block(name, block, examples, settings, seed=seed, seconds=left())
-        trained += found.seconds
-        reports.append(found)
-        if on_block is not None:
-            on_block(found)
+        known = None if self._progress is None else self._progress.restore(name, block)
+        if known is not None:
+            self._done.extend(known[0])
+            if known[1] is not None:
+                self.reports.append(known[1])
+        else:
+            self._fit(name, block, now, before, calls)
         for halt, call in zip(now, calls, strict=True):
             halt.output = call()
         return block
 
-    lockstep(model, forward_calls(model, batches), modules, on_unit, forward_calls(model, batches))
-    return reports
+    def _fit(
+        self, name: str, block: nn.Module, now: list[Halt], before: list[Halt], calls: list[Callable[[], Any]]
+    ) -> None:
+        inner = {layer.removeprefix(f"{name}."): self._layers[layer] for layer in self._blocks[name]}
+        places = [h.index for h in now]
+
+        def on_layer(layer: str, inside: list[Halt]) -> nn.Module:
+            for halt in inside:  # batches that don't come here leave gaps in the numbers
+                halt.index = places[halt.index % len(places)] + len(self._batches) * halt.original
+            return self._visit(f"{name}.{layer}", inside)
+
+        first = len(self._done)
+        lockstep(block, calls, inner, on_layer, _calls(block, before) if self._anchored else ())
+        refined = None
+        if self._settings is not None:
+            examples = [
+                Example(halt, first_tensor(original.output), self._batches[halt.index])
+                for halt, original in zip(now, before, strict=True)
+            ]
+            refined = refine_block(name, block, examples, self._settings, seed=self._seed, seconds=self._left())
+            self._trained += refined.seconds
+            self.reports.append(refined)
+        if self._progress is not None:
+            self._progress.store(name, block, self._done[first:], refined)
+        if refined is not None and self._on_block is not None:
+            self._on_block(refined)
+
+    def _left(self) -> float | None:
+        """Seconds for the next block."""
+        assert self._settings is not None
+        if self._settings.minutes is None:
+            return None
+        waiting = sum(name not in self._layers for name in self._blocks) - len(self.reports)
+        return max(60 * self._settings.minutes - self._trained, 0.0) / max(waiting, 1)
 
 
 def _calls(block: nn.Module, halts: Sequence[Halt]) -> list[Callable[[], Any]]:

@@ -104,7 +104,6 @@ class InOrder:
         held_out: float = 0.0,
     ) -> None:
         self._held_out = held_out
-        self.rows = 0  # most rows that any layer has seen
         self._original = original
         self._fit = fit
         self._batches = batches
@@ -140,7 +139,6 @@ class InOrder:
             if paired:
                 rows_before.append(old[:cut])
                 moved.add(old[:cut], rows[:cut])
-        self.rows = max(self.rows, total.rows)
         versions = [x._version for x in inputs]
         return Seen(indices, inputs, versions, total.metric(name), moved.drift(), rows_before, held)
 
@@ -178,6 +176,8 @@ def fit_layer(
         factors, fitted = fmt.fit_and_report(target, cost_of_errors, generator=generator, **options)
     except IsogridError as error:
         raise IsogridError(f"layer {name!r}: {error}") from error
+    # As they would be loaded: views of what the fit computed multiply in another order, so with other rounding.
+    factors = {key: value.contiguous() for key, value in factors.items()}
     new_bias = None if bias is None else bias.detach().clone()
     if moves_bias and new_bias is not None and metric is not None and metric.mean is not None:
         wide = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 
 from isogrid.checkpoint import mark_structured
 from isogrid.compress.allocate import check_keep, dense_cost, refuse_explicit_sizes
-from isogrid.compress.blockwise import fit_by_blocks
+from isogrid.compress.blockwise import ByBlocks
 from isogrid.compress.calibrate import ROWS_PER_BATCH, Moments, as_batches, evaluation_mode
 from isogrid.compress.distill import Distillation, original_view
 from isogrid.compress.distill import distill as distill_model
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order, fit_layer
 from isogrid.compress.plan import check_allocation, plan
+from isogrid.compress.progress import Progress, fingerprint
 from isogrid.compress.refine import OnBlock, Refinement
 from isogrid.compress.select import select_layers
 from isogrid.compress.summary import CompressionReport, LayerReport, count_parameters, stored_bytes
@@ -51,6 +54,7 @@ def compress(
     held_out: float = 0.0,
     refine: Refinement | float | None = None,
     distill: Distillation | float | None = None,
+    resume: str | Path | None = None,
     seed: int = 0,
     on_layer: OnLayer | None = None,
     on_block: OnBlock | None = None,
@@ -84,6 +88,8 @@ def compress(
         refine: train each block, when its layers are fitted, until its outputs are as near to the original model's as
             they get: minutes for all blocks, or a `Refinement`; None: no training. Needs calibration data.
         distill: at the end, train the whole model towards the original's predictions: minutes, or a `Distillation`.
+        resume: a folder where finished blocks are kept: the same call, after an interruption, goes on from there. It is
+            left when all is done; delete it then. Needs calibration batches or texts.
         seed: of the fits' randomness, and of the labels that sensitivities are measured with.
         on_layer: called with the report of each finished layer.
         on_block: called with the report of each refined block.
@@ -134,18 +140,24 @@ def compress(
         dense_model_bytes=stored_bytes(model),
         dense_model_parameters=count_parameters(model),
     )
-    generator = torch.Generator().manual_seed(seed)
+    progress = None
+    if resume is not None:
+        if calibration is None or isinstance(calibration, Moments):
+            raise IsogridError("resume keeps blocks that were fitted on data: give calibration batches or texts")
+        asked: dict[str, Any] = {name: str(member) for name, member in chosen.members.items()}
+        asked |= {"inputs": inputs, "anchor": anchor, "held_out": held_out, "refine": refinement, "seed": seed}
+        progress = Progress(resume, fingerprint(model, calibration, asked | {"options": fit_options}))
 
     def fit(name: str, metric: Metric | None, seen: Seen | None = None) -> StructuredLinear:
         new, layer_report = fit_layer(
-            name, layers[name], chosen.members[name], metric, generator, fit_options, anchor, seen
+            name, layers[name], chosen.members[name], metric, _source(name, seed), fit_options, anchor, seen
         )
         report.layers.append(layer_report)
         if on_layer is not None:
             on_layer(layer_report)
         return new
 
-    vectors = _vectors(model) if trains else {}
+    vectors = _vectors(model) if trains or progress is not None else {}
     teacher = original_view(model) if distillation is not None else None
     try:
         if calibration is None:
@@ -167,27 +179,29 @@ def compress(
             visit = InOrder(fit, calibration, anchored=anchor > 0, original=inputs == "original", held_out=held_out)
             compared = anchor > 0 or inputs == "original"
             with evaluation_mode(model):
-                if refinement is None:
+                if refinement is None and progress is None:
                     fit_in_order(model, layers, calibration, visit, anchored=compared)
                 else:
-                    report.blocks = fit_by_blocks(
+                    report.blocks = ByBlocks(
                         model,
                         layers,
                         calibration,
                         visit,
+                        report.layers,
                         refinement,
                         anchored=compared,
                         seed=seed,
+                        progress=progress,
                         on_block=on_block,
-                    )
-            if not visit.rows:
+                    ).run()
+            if not report.layers:
                 raise IsogridError(f"calibration reaches none of the {len(layers)} selected layers; check its form")
             for name in [name for name in layers if name not in {done.name for done in report.layers}]:
                 model.set_submodule(name, fit(name, None))
             if teacher is not None and distillation is not None:
                 with evaluation_mode(teacher), evaluation_mode(model):
                     report.distilled = distill_model(model, teacher, calibration, distillation, seed=seed)
-            report.calibration = f"{visit.rows} rows, inputs of the "
+            report.calibration = f"{_rows(report)} rows, inputs of the "
             report.calibration += "compressed part" if inputs == "compressed" else "original model"
         report.model_bytes, report.model_parameters = stored_bytes(model), count_parameters(model)
         report.warnings = _warnings(report)
@@ -205,9 +219,18 @@ def compress(
     return report
 
 
+def _source(name: str, seed: int) -> torch.Generator:
+    """Each layer's own randomness: a compression that goes on draws the same as one that never stopped."""
+    return torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+
+
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
     """What refinement may change beside the layers: gains and biases, by name."""
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.ndim <= 1}
+
+
+def _rows(report: CompressionReport) -> int:
+    return max((layer.rows or 0 for layer in report.layers), default=0)
 
 
 def as_candidates(format: Any) -> tuple[Format, ...]:
