@@ -114,6 +114,7 @@ class InOrder:
         """A visit of `lockstep`."""
         indices, inputs = [halt.index for halt in halts], [halt.input for halt in halts]
         if self._last is None or not self._last.is_of(indices, inputs):
+            self._last = None  # lets go of the inputs before
             self._last = self._measured(name, indices, inputs)
         return self._fit(name, self._last.metric, self._last)
 
