@@ -15,6 +15,7 @@ from isogrid.cli.doctor import doctor
 from isogrid.cli.evaluate import evaluate
 from isogrid.cli.formats import formats
 from isogrid.cli.inspect import inspect
+from isogrid.cli.memory import memory
 from isogrid.cli.report import report
 from isogrid.cli.study import study
 from isogrid.errors import IsogridError, IsogridWarning
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = (compress, evaluate, inspect, formats, demo, report, study, doctor)
+VERBS = (compress, evaluate, inspect, formats, demo, report, memory, study, doctor)
 for verb in VERBS:
     app.command()(verb)
 

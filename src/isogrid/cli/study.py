@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,9 +15,7 @@ from isogrid.errors import IsogridError
 def study(
     name: Annotated[
         str,
-        typer.Argument(
-            help="image_compression, quality_ladder, random_projection, sentence_encoder or solver_quality."
-        ),
+        typer.Argument(help="A name of isogrid.studies: image_compression, quality_ladder, sst2_finetuning, …"),
     ],
     out: Annotated[Path | None, typer.Option(help="Default: results/study/NAME.")] = None,
     data: Data = None,
@@ -28,8 +25,12 @@ def study(
         str | None, typer.Option(help="Of a study with parts; quality_ladder: formats, steps, stories.")
     ] = None,
     full: Annotated[bool, typer.Option(help="The long setting of a study that has one.")] = False,
+    method: Annotated[list[str] | None, typer.Option(help="A method of the study; repeatable.")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="A rank of the study; repeatable.")] = None,
+    imdb: Annotated[Path | None, typer.Option(help="A folder with IMDB, for sst2_finetuning.")] = None,
 ) -> None:
     """Run one reproducible experiment and write its table."""
+    from isogrid.cli.studies import study_options
     from isogrid.report import console_table
     from isogrid.studies import STUDIES
 
@@ -39,11 +40,8 @@ def study(
     def say(message: str) -> None:
         notes.print(plain(message), highlight=False, soft_wrap=True)
 
-    chosen: dict[str, Any] = {"part": part} if part is not None else {}
-    chosen |= {"full": True} if full else {}
-    for option in chosen:
-        if option not in inspect.signature(STUDIES[name]).parameters:
-            raise IsogridError(f"study {name} has no --{option}; leave it out")
+    given = {"part": part, "full": full, "methods": method, "ranks": rank, "imdb": imdb}
+    chosen = study_options(name, STUDIES[name], given)
     target = out or Path("results/study") / name
     result = STUDIES[name](target, quick=quick, seed=seed, data_dir=data, command=command_line(), say=say, **chosen)
     for table in [result] if "rows" in result else result.values():  # one table, or several by name

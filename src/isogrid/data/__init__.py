@@ -5,6 +5,7 @@ from isogrid.data.images import load_photographs, open_photographs, prepare_imag
 from isogrid.data.lookup import DATASETS, DatasetNotFoundError, data_folders, find_dataset
 from isogrid.data.pairs import SentencePairs, load_sts
 from isogrid.data.pretrained import PRETRAINED, Pretrained, load_pretrained, pretrained_folder
+from isogrid.data.sentiment import LabelledTexts, load_imdb, load_sst2
 from isogrid.data.stories260k import StoriesTokenizer, load_stories260k
 from isogrid.data.text import TEXTS, load_text, token_windows
 
@@ -13,14 +14,17 @@ __all__ = [
     "PRETRAINED",
     "TEXTS",
     "DatasetNotFoundError",
+    "LabelledTexts",
     "Pretrained",
     "SentencePairs",
     "StoriesTokenizer",
     "data_folders",
     "find_dataset",
     "load_cifar10",
+    "load_imdb",
     "load_photographs",
     "load_pretrained",
+    "load_sst2",
     "load_stories260k",
     "load_sts",
     "load_text",

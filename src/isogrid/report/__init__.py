@@ -6,9 +6,11 @@ matplotlib and jinja2 are imported by the first function that draws with them.
 
 from isogrid.report.blocks import block_text
 from isogrid.report.canvas import save_figure
+from isogrid.report.csv_files import write_csv
 from isogrid.report.figures import error_per_layer, quality_against_size
 from isogrid.report.files import read_json, replace_file, write_json
 from isogrid.report.machine import describe_machine, today
+from isogrid.report.memory import measure_lines, stacked_bars
 from isogrid.report.numbers import (
     format_bytes,
     format_count,
@@ -39,14 +41,17 @@ __all__ = [
     "layer_table",
     "markdown_page",
     "markdown_table",
+    "measure_lines",
     "picture_sheet",
     "progress",
     "quality_against_size",
     "read_json",
     "replace_file",
     "save_figure",
+    "stacked_bars",
     "table_columns",
     "today",
+    "write_csv",
     "write_json",
     "write_page",
     "write_report",

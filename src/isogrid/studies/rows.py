@@ -65,7 +65,7 @@ def _state_of_code() -> str:
     """Hash of the code that rows are made by, as it stood when this process asked first."""
     digest = hashlib.sha256()
     package = Path(isogrid.__file__).parent
-    for room in ("compress", "data", "evaluation", "fitting", "formats", "kernels"):
+    for room in ("compress", "data", "evaluation", "fitting", "formats", "kernels", "models", "optim", "training"):
         for path in sorted((package / room).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

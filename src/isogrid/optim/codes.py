@@ -1,0 +1,92 @@
+"""Optimizer state in few bits: block-wise 8-bit moments and affine low-bit projectors."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+SMALLEST = 4096
+
+
+@cache
+def dynamic_table(signed: bool) -> Tensor:
+    """The 256 values of the dynamic 8-bit type, ascending (Dettmers et al. 2022, 8-bit optimizers).
+
+    Seven decades; decade i holds ``2^i`` midpoints of a uniform partition of [0.1, 1] with either sign, or ``2^(i+1)``
+    without signs; plus 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (decade if signed else decade + 1) + 1, dtype=torch.float64)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
+        values += middles + [-value for value in middles] * signed
+    return torch.tensor(sorted(values), dtype=torch.float64)
+
+
+def takes_codes(count: int) -> bool:
+    """Whether a state of this many numbers is stored in 8 bits: at least 4,096, in whole blocks of 256."""
+    return count >= SMALLEST and count % BLOCK == 0
+
+
+def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """``codes`` uint8 of the values' shape, and one float32 ``scale`` per 256 consecutive values.
+
+    The scale is the largest magnitude of the block, at least 1e-12; a code is the nearest of 256 table values.
+    """
+    blocks = values.reshape(-1, BLOCK)
+    scale = blocks.abs().amax(1).clamp(min=1e-12).float()
+    table = dynamic_table(signed).to(values.device)
+    between = ((table[1:] + table[:-1]) / 2).to(values.dtype)
+    codes = torch.bucketize(blocks / scale.to(values.dtype)[:, None], between)
+    return codes.to(torch.uint8).view(values.shape), scale
+
+
+def decode(codes: Tensor, scale: Tensor, signed: bool, dtype: torch.dtype) -> Tensor:
+    """The values that `encode` stood for."""
+    table = dynamic_table(signed).to(device=codes.device, dtype=dtype)
+    return (table[codes.reshape(-1, BLOCK).int()] * scale.to(dtype)[:, None]).view(codes.shape)
+
+
+def encode_affine(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of ``bits`` bits (4: two in a byte), with float32 scale and zero point per 256 consecutive values.
+
+    ``s = (max - min) / (2^b - 1)``, at least 1e-5; ``z = clamp(-round(min / s))``; ``code = clamp(round(w / s) + z)``
+    (Q-GaLore, Zhang et al. 2024). The last group is filled up with its last value.
+    """
+    flat = values.reshape(-1)
+    short = -len(flat) % BLOCK
+    if short:
+        flat = torch.cat([flat, flat[-1:].expand(short)])
+    groups = flat.view(-1, BLOCK)
+    top = 2**bits - 1
+    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    scale = ((high - low) / top).clamp(min=1e-5)
+    zero = (-(low / scale).round()).clamp(0, top)
+    codes = ((groups / scale).round() + zero).clamp(0, top).to(torch.uint8).view(-1)
+    if bits == 4:
+        codes = codes[0::2] | (codes[1::2] << 4)
+    return codes, scale[:, 0].float(), zero[:, 0].float()
+
+
+def decode_affine(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """``s (code - z)`` in the given shape."""
+    if bits == 4:
+        codes = torch.stack([codes & 15, codes >> 4], 1)
+    groups = codes.reshape(-1, BLOCK).to(dtype)
+    values = scale.to(dtype)[:, None] * (groups - zero.to(dtype)[:, None])
+    return values.view(-1)[: shape[0] * shape[1]].view(shape)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 to bfloat16 without bias: a uniform 16-bit integer is added below the cut, then the tail is dropped.
+
+    Plain rounding loses every update that is smaller than 2^-8 of the weight.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32).to(values.device)
+    bits = values.contiguous().view(torch.int32) + noise
+    return (bits & -65536).view(torch.float32).to(torch.bfloat16)
