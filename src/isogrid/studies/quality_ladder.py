@@ -283,8 +283,16 @@ def _told_stories(model: Any, start: int, count: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         begin = torch.full((count, 1), start)
+        seen = torch.ones_like(begin)
         told: Tensor = model.generate(
-            begin, max_length=256, min_length=256, do_sample=True, top_k=0, eos_token_id=None, pad_token_id=start
+            begin,
+            attention_mask=seen,
+            max_length=256,
+            min_length=256,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=None,
+            pad_token_id=start,
         )
     return told
 
