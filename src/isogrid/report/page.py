@@ -241,7 +241,7 @@ def _detail(row: Row) -> _Detail:
         note.append(format_bytes(row["bytes"]))
     if worst is not None:
         note.append(f"largest error {format_quality(worst)}")
-    table = _table(layers, layer_columns(), [], layer_totals(layers))
+    table = _table(layers, layer_columns(layers), [], layer_totals(layers))
     return _Detail(row_name(row), ", ".join(note), str(row.get("folder") or ""), table)
 
 

@@ -122,28 +122,37 @@ def table_legend(data: Data, *, wide: bool = True) -> str:
     return ". ".join(parts) + "."
 
 
-def layer_columns() -> list[Column[Layer]]:
-    """The columns of a table of layers."""
+def layer_columns(layers: Sequence[Layer]) -> list[Column[Layer]]:
+    """The columns of a table of layers.
+
+    "Least possible" is the certificate of a fit: no member of its format has a smaller error. "Held out" is the error
+    on rows that the fit didn't know. Each is left out where no layer has it.
+    """
 
     def shape(layer: Layer) -> str:
         sizes = layer.get("out"), layer.get("in")
         return ABSENT if None in sizes else "{} × {}".format(*sizes)
 
-    return [
-        Column("Layer", lambda layer: str(layer.get("name", ABSENT)), "left"),
-        Column("Format", lambda layer: str(layer.get("format", ABSENT)), "left"),
-        Column("Out\u00a0×\u00a0in", shape),
-        Column("Parameters", lambda layer: format_count(layer.get("parameters"))),
-        Column("Of dense", lambda layer: format_percent(_kept([layer]))),
-        Column("Relative error", lambda layer: format_quality(layer.get("error"))),
+    known = [
+        ("name", Column("Layer", lambda layer: str(layer.get("name", ABSENT)), "left")),
+        ("name", Column("Format", lambda layer: str(layer.get("format", ABSENT)), "left")),
+        ("name", Column("Out\u00a0×\u00a0in", shape)),
+        ("name", Column("Parameters", lambda layer: format_count(layer.get("parameters")))),
+        ("name", Column("Of dense", lambda layer: format_percent(_kept([layer])))),
+        ("name", Column("Relative error", lambda layer: format_quality(layer.get("error")))),
+        ("least_error", Column("Least possible", lambda layer: format_quality(layer.get("least_error")))),
+        ("held_error", Column("Held out", lambda layer: format_quality(layer.get("held_error")))),
     ]
+    there = {key for layer in layers for key, value in layer.items() if value is not None}
+    return [column for key, column in known if key == "name" or key in there]
 
 
 def layer_totals(layers: Sequence[Layer]) -> list[str]:
     """The foot of a table of layers, one cell a column: how many, their parameters, their share of the dense ones."""
     known = [layer["parameters"] for layer in layers if layer.get("parameters") is not None]
     total = format_count(sum(known)) if known and len(known) == len(layers) else ABSENT
-    return [f"{len(layers)} layer{'' if len(layers) == 1 else 's'}", "", "", total, format_percent(_kept(layers)), ""]
+    cells = [f"{len(layers)} layer{'' if len(layers) == 1 else 's'}", "", "", total, format_percent(_kept(layers))]
+    return cells + [""] * (len(layer_columns(layers)) - len(cells))
 
 
 def _kept(layers: Sequence[Layer]) -> float | None:
@@ -195,11 +204,11 @@ def layer_table(layers: Sequence[Layer]) -> Table:
     """The layers of one row for a terminal: format, sizes, parameters, error; totals at the foot."""
     table = Table(show_footer=True, box=box.SIMPLE, show_edge=False)
     table.padding = (0, 1, 0, 0)
-    for column, total in zip(layer_columns(), layer_totals(layers), strict=True):
+    for column, total in zip(layer_columns(layers), layer_totals(layers), strict=True):
         title = column.title.replace(" ", "\n")
         table.add_column(title, footer=total, justify=column.align, no_wrap=column.align == "right", overflow="fold")
     for layer in layers:
-        table.add_row(*(Text(column.text(layer)) for column in layer_columns()))
+        table.add_row(*(Text(column.text(layer)) for column in layer_columns(layers)))
     return table
 
 
