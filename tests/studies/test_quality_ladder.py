@@ -50,6 +50,18 @@ def test_all_rungs_of_a_small_model(tmp_path, monkeypatch):
     assert [row["seconds"] for row in again["rows"]] == [row["seconds"] for row in result["rows"]]
 
 
+def test_only_some_formats(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality_ladder, "_stories", small_subject)
+    monkeypatch.setattr(quality_ladder, "RUNGS", ("plain", "whitened"))
+    result = run_quality_ladder(tmp_path, part="stories", methods=["low_rank_light"], quick=True, say=lambda _: None)
+    assert [(row["format"], row["rung"]) for row in result["rows"]] == [
+        ("low_rank_light", "plain"), ("low_rank_light", "whitened"), ("low_rank", RECIPE)
+    ]  # fmt: skip
+    with pytest.raises(IsogridError, match="no row of 'hashing'; it has low_rank, low_rank_light"):
+        run_quality_ladder(tmp_path, part="stories", methods=["hashing"], quick=True)
+
+
 def test_parts_are_what_the_text_says():
     assert {one.rung for one in rungs_of("formats", full=True, quick=False)} == set(RUNGS[:3])
     assert len({one.format for one in rungs_of("formats", full=True, quick=False)}) == 10

@@ -8,6 +8,7 @@ a text of another domain that is never calibrated on.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,7 @@ def run_quality_ladder(
     out: Path,
     *,
     part: str = "formats",
+    methods: Sequence[str] = (),
     full: bool = False,
     quick: bool = False,
     seed: int = 0,
@@ -126,6 +128,7 @@ def run_quality_ladder(
         out: folder; the part's table is written to ``out/part``. Rows are kept in ``runs`` and not measured again.
         part: "formats", the first three rungs of the formats at 0.6; "steps", the last rungs of Light at 0.6 beside
             the published recipe; "stories", every format over all rungs on the smallest model.
+        methods: only these formats, and the published recipe.
         full: all formats, and for "steps" the best four at 0.8 and 0.6, and Light at 0.4: several hours.
         quick: few windows and formats.
         seed: of fits and training.
@@ -137,6 +140,10 @@ def run_quality_ladder(
         The data of the table.
     """
     rungs = rungs_of(part, full=full, quick=quick)
+    unknown = sorted({*methods} - {one.format for one in rungs})
+    if unknown:
+        raise IsogridError(f"{part} has no row of {unknown[0]!r}; it has {', '.join({one.format: 0 for one in rungs})}")
+    rungs = [one for one in rungs if not methods or one.format in methods or one.rung == RECIPE]
     minutes = {"formats": 3, "steps": 14, "stories": 0.15}[part] * len(rungs) * (0.2 if quick else 1)
     say(f"{len(rungs)} rows; about {minutes:.0f} minutes on two cores, less for rows that are there already")
     subject = _stories(quick, data_dir) if part == "stories" else _smollm(quick, data_dir)
