@@ -282,3 +282,10 @@ def test_auto_is_a_list_of_formats_that_exist():
         as_candidates(["low_rank(rank=3)"])
     with pytest.raises(IsogridError, match="needs a format"):
         as_candidates([])
+
+
+def test_a_layer_left_dense_takes_no_solver_options():
+    data = torch.randn(512, 24, dtype=F64, generator=torch.Generator().manual_seed(2))
+    model = unequal()
+    report = compress(model, Monarch(2), keep=0.85, calibration=[data], allocate="global", sweeps=1)
+    assert {layer.format.name for layer in report.layers} == {"dense", "monarch"}

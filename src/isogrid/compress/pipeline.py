@@ -27,7 +27,7 @@ from isogrid.compress.select import select_layers
 from isogrid.compress.summary import CompressionReport, LayerReport, count_parameters, stored_bytes
 from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.fitting import Metric
-from isogrid.formats import Budget, Format, as_format
+from isogrid.formats import Budget, Dense, Format, as_format
 from isogrid.linear import StructuredLinear, linear_matrix
 
 # What `format="auto"` chooses from: the formats whose calibrated fits have won on some kind of layer.
@@ -149,9 +149,9 @@ def compress(
         progress = Progress(resume, fingerprint(model, calibration, asked | {"options": fit_options}))
 
     def fit(name: str, metric: Metric | None, seen: Seen | None = None) -> StructuredLinear:
-        new, layer_report = fit_layer(
-            name, layers[name], chosen.members[name], metric, _source(name, seed), fit_options, anchor, seen
-        )
+        member = chosen.members[name]
+        options = {} if isinstance(member, Dense) else fit_options  # a layer left dense has nothing to solve
+        new, layer_report = fit_layer(name, layers[name], member, metric, _source(name, seed), options, anchor, seen)
         report.layers.append(layer_report)
         if on_layer is not None:
             on_layer(layer_report)
