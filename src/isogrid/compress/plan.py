@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +44,6 @@ class Plan:
     members: dict[str, Format]
     rise: float | None = None
     bound: float | None = None
-    weights: dict[str, float] = field(default_factory=dict)
 
 
 def plan(
@@ -98,7 +97,6 @@ def plan(
         {name: one.format for name, one in chosen.items()},
         rise=sum(one.error for one in chosen.values()),
         bound=lagrangian_bound(options, budget.limit),
-        weights=weights,
     )
 
 
