@@ -127,3 +127,36 @@ def test_a_folder_that_is_no_model(monkeypatch, capsys, tmp_path):
     code, _, said = run(monkeypatch, capsys, "inspect", tmp_path)
     assert code == 2
     assert "config.json" in said
+
+
+def test_advice_is_followed(monkeypatch, capsys, tmp_path, model_folder, text_file):
+    args = ("--calibrate", text_file, "--length", 32, "--windows", 16, "--format", "low_rank_light", "--quick")
+    code, printed, said = run(
+        monkeypatch, capsys, "advise", model_folder, *args, "--target", 0.7, "--out", tmp_path / "advice", "--json"
+    )
+    assert code == 0, said
+    recipes = json.loads(printed)["recipes"]
+    assert len(recipes) == 3
+    place = 1 + next(i for i, one in enumerate(recipes) if one["recipe"].endswith("one shot"))
+    recipe = tmp_path / f"advice/recipe-{place}.json"
+    out = tmp_path / "small"
+    code, printed, said = run(monkeypatch, capsys, "compress", model_folder, "--recipe", recipe, "--out", out)
+    assert code == 0, said
+    predicted = recipes[place - 1]
+    assert f"predicted keep {predicted['keep']:.4f}, {predicted['model_bytes']} bytes" in printed
+    described = json.loads((out / "compression.json").read_text())
+    assert described["parameters"] == predicted["parameters"]
+    assert described["model_bytes"] == predicted["model_bytes"]
+    found = {}
+    for name in (out, model_folder):
+        _, printed, _ = run(monkeypatch, capsys, "evaluate", name, "--text", text_file, "--length", 32, "--json")
+        found[name] = json.loads(printed)["loss"]
+    code, printed, _ = run(
+        monkeypatch, capsys, "evaluate", out, "--against", model_folder, "--text", text_file, "--length", 32, "--json"
+    )
+    both = json.loads(printed)
+    assert both["gap"] == pytest.approx(found[out] - found[model_folder])
+    assert both["predicted_gap"] == predicted["gap"]
+    code, _, said = run(monkeypatch, capsys, "advise", model_folder, "--target", 0.7, "--gap", 0.3)
+    assert code == 2
+    assert "one of --target, --bytes and --gap" in said

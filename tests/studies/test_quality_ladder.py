@@ -69,7 +69,7 @@ def test_parts_are_what_the_text_says():
     assert {one.keep for one in steps} == {0.4, 0.6, 0.8}
     assert Rung("low_rank", 0.8, RECIPE) in steps
     assert len({one.key for one in steps}) == len(steps)
-    with pytest.raises(IsogridError, match="parts formats, steps and stories"):
+    with pytest.raises(IsogridError, match="parts formats, steps, stories, auto, welore"):
         rungs_of("all", full=False, quick=False)
 
 

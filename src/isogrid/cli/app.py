@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from isogrid.cli.advise import advise
 from isogrid.cli.compress import compress
 from isogrid.cli.console import console, notes, plain
 from isogrid.cli.demo import demo
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = (compress, evaluate, inspect, formats, demo, report, memory, study, doctor)
+VERBS = (advise, compress, evaluate, inspect, formats, demo, report, memory, study, doctor)
 for verb in VERBS:
     app.command()(verb)
 

@@ -57,6 +57,9 @@ def compress(
     distill: Annotated[
         float | None, typer.Option(help="Minutes of training of the whole model towards the original's predictions.")
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A file that advise has written; it stands for all options before and after.")
+    ] = None,
     windows: Annotated[
         int, typer.Option(min=1, help="Calibration windows of --length tokens; an encoder takes 8 paragraphs for each.")
     ] = 16,
@@ -73,15 +76,23 @@ def compress(
     """Rewrite a model's matrices in a format and save it in Hugging Face form."""
     from isogrid import compress as compress_model
     from isogrid.checkpoint import check_place, save
-    from isogrid.cli.source import calibration_data, open_model
-    from isogrid.compress import allocate_uniform, as_candidates, estimate_seconds, select_layers
+    from isogrid.cli.source import calibration_data, open_model, widest_dtype
+    from isogrid.compress import Recipe, allocate_uniform, as_candidates, estimate_seconds, select_layers
     from isogrid.evaluation import peak_memory_bytes
     from isogrid.formats import Budget
-    from isogrid.report import format_bytes, format_duration, progress, write_json
+    from isogrid.report import format_bytes, format_duration, progress, read_json, write_json
 
     if export not in ("structured", "dense"):
         raise IsogridError(f"--export is structured or dense, got {export!r}")
-    formats = as_candidates(format[0] if format and len(format) == 1 else format or "low_rank_light")
+    followed = None if recipe is None else Recipe.from_dict(read_json(recipe))
+    if followed is not None:
+        known = followed.calibration
+        calibrate, windows, length, seed = (known[key] for key in ("source", "windows", "length", "seed"))
+        select, skip = known["select"], known["skip"]
+        formats, anchor, quick, held_out = followed.plan.formats, followed.effort.anchor, False, 0.0
+        keep = followed.predicted.keep
+    else:
+        formats = as_candidates(format[0] if format and len(format) == 1 else format or "low_rank_light")
     check_place(out)  # before the work, not after it
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise IsogridError(f"--out {out} is the model itself; give another folder")
@@ -89,8 +100,7 @@ def compress(
     layers = select_layers(loaded, select, skip or ())
     budget = None
     if max_bytes is not None:
-        dtypes = {parameter.dtype for layer in layers.values() for parameter in layer.parameters()}
-        budget = Budget(bytes=max_bytes, dtype=max(dtypes, key=lambda dtype: dtype.itemsize))
+        budget = Budget(bytes=max_bytes, dtype=widest_dtype(loaded))
     calibration: Any = None
     tokens = 0
     if calibrate is not None and calibrate.endswith(":evaluation"):
@@ -110,6 +120,10 @@ def compress(
         except BudgetError:  # another candidate, or another allocation, may be smaller
             continue
         estimate += estimate_seconds(layers, sized, calibration_tokens=tokens)
+    estimate = estimate if followed is None else followed.predicted.seconds
+    trains: dict[str, Any] = {"refine": refine, "distill": distill}
+    if followed is not None:
+        trains = {"refine": followed.effort.refine, "distill": followed.effort.distill}
     label = " or ".join(fmt.label() for fmt in formats)
     notes.print(f"{len(layers)} layers as {label}; about {format_duration(estimate)}", highlight=False)
     begun = time.perf_counter()
@@ -117,7 +131,7 @@ def compress(
     with progress("Compressing", len(layers)) as step:
         report = compress_model(
             loaded,
-            formats,
+            formats if followed is None else followed.plan,
             keep=keep,
             budget=budget,
             calibration=calibration,
@@ -128,16 +142,15 @@ def compress(
             anchor=anchor,
             allocate=allocate,
             held_out=held_out,
-            refine=refine,
-            distill=distill,
-            resume=kept if refine is not None else None,
+            resume=kept if trains["refine"] is not None else None,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
+            **trains,
         )
     if calibrate is not None:
         report.calibration = f"{calibrate}, {report.calibration}"
     save(loaded, out, tokenizer=tokenizer, dense=export == "dense")
-    if refine is not None:
+    if trains["refine"] is not None:
         shutil.rmtree(kept, ignore_errors=True)
     if export == "dense":  # the factors are multiplied out again: the file is as large as the dense model's
         report.model_bytes, report.model_parameters = report.dense_model_bytes, report.dense_model_parameters
@@ -147,6 +160,7 @@ def compress(
         "command": command_line(),
         "peak_memory": peak,
         "estimate": estimate,
+        "predicted": None if followed is None else followed.predicted.to_dict(),
     }
     write_json(described, out / "compression.json")
     if as_json:
@@ -160,6 +174,14 @@ def compress(
         highlight=False,
         soft_wrap=True,
     )
+    if followed is not None:
+        said = followed.predicted
+        console.print(
+            f"predicted keep {said.keep:.4f}, {said.model_bytes} bytes, {format_duration(said.seconds)}, gap "
+            f"{said.gap:.3f}; isogrid evaluate {out} --against {model} measures the gap",
+            highlight=False,
+            soft_wrap=True,
+        )
     if calibrate is None:
         console.print("plain fits; --calibrate pydoc usually gives a much better model", soft_wrap=True)
     console.print(f"written to {out}; next: isogrid evaluate {out}", highlight=False, soft_wrap=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,27 +21,67 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text for the perplexity.")] = "wikitext2:evaluation",
     windows: Annotated[int, typer.Option(min=0, help="Windows of --length tokens; 0: all.")] = 32,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    against: Annotated[
+        str | None, typer.Option(help="The dense model: it is measured, too, and the gap between the two is told.")
+    ] = None,
     data: Data = None,
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Measure a model: perplexity, Spearman correlation on STS-B dev, or fidelity of heat maps to the dense model's."""
+    begun = time.perf_counter()
+
+    measured = partial(_measured, text=text, windows=windows, length=length, data=data, quick=quick)
+    result = {"model": model, **measured(model, metric)}
+    if against is not None:
+        dense = measured(against, result["metric"])
+        key = next(name for name in ("perplexity", "spearman", "heatmap_fidelity") if name in result)
+        result |= {"against": against, f"dense_{key}": dense[key]}
+        if key == "perplexity":
+            result["gap"] = result["loss"] - dense["loss"]
+    predicted = _predicted_gap(model)
+    if predicted is not None:
+        result["predicted_gap"] = predicted
+    result["seconds"] = time.perf_counter() - begun
+    if as_json:
+        console.print_json(json.dumps(result))
+    else:
+        console.print(
+            ", ".join(
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()
+            ),
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _predicted_gap(model: str) -> float | None:
+    """What the recipe that a model was compressed by had said; None without one."""
+    from isogrid.report import read_json
+
+    file = Path(model) / "compression.json"
+    predicted = read_json(file).get("predicted") if file.is_file() else None
+    return None if predicted is None else float(predicted["gap"])
+
+
+def _measured(
+    name: str, metric: str, *, text: str, windows: int, length: int, data: Path | None, quick: bool
+) -> dict[str, Any]:
+    """The quality of one model, with what it was measured on."""
     from isogrid.cli.source import is_language_model, is_saliency_model, open_model
     from isogrid.data import DatasetNotFoundError, load_photographs, load_pretrained, load_sts, load_text, token_windows
     from isogrid.evaluation import heatmap_fidelity, perplexity, sts_spearman
     from isogrid.report import progress
 
-    loaded, tokenizer = open_model(model)
+    loaded, tokenizer = open_model(name)
     if metric == "auto":
         metric = "heatmap" if is_saliency_model(loaded) else "perplexity" if is_language_model(loaded) else "sts"
     if metric in ("perplexity", "sts") and tokenizer is None:
-        raise IsogridError(f"{model} has no tokenizer beside it, which {metric} needs; save one there")
+        raise IsogridError(f"{name} has no tokenizer beside it, which {metric} needs; save one there")
     if metric == "perplexity" and not is_language_model(loaded):
         raise IsogridError(f"{type(loaded).__name__} predicts no tokens; --metric perplexity takes a language model")
     if metric == "heatmap" and not is_saliency_model(loaded):
         raise IsogridError(f"{type(loaded).__name__} draws no heat maps; --metric heatmap takes vit-s-saliency")
-    begun = time.perf_counter()
-    result: dict[str, Any]
     if metric == "perplexity":
         limit = 4 if quick else windows or None
         ids = token_windows(tokenizer, load_text(text, data), length, limit)
@@ -52,21 +94,11 @@ def evaluate(
     elif metric == "heatmap":
         reference, _ = load_pretrained("vit-s-saliency")
         try:  # other pictures than `--calibrate photographs` takes
-            name, images = "Kodak", load_photographs("kodak", data_dir=data)
+            what, images = "Kodak", load_photographs("kodak", data_dir=data)
         except DatasetNotFoundError:
-            name, images = "scikit-image, the calibration photographs", load_photographs()
+            what, images = "scikit-image, the calibration photographs", load_photographs()
         fidelity = heatmap_fidelity(loaded, reference, images)
-        result = {"heatmap_fidelity": fidelity, "images": f"{len(images)} {name}"}
+        result = {"heatmap_fidelity": fidelity, "images": f"{len(images)} {what}"}
     else:
         raise IsogridError(f"metric {metric!r} is not one of auto, perplexity, sts, heatmap")
-    result = {"model": model, "metric": metric, **result, "seconds": time.perf_counter() - begun}
-    if as_json:
-        console.print_json(json.dumps(result))
-    else:
-        console.print(
-            ", ".join(
-                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}" for key, value in result.items()
-            ),
-            highlight=False,
-            soft_wrap=True,
-        )
+    return {"metric": metric, **result}

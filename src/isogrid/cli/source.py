@@ -82,6 +82,11 @@ def _dtype(name: str) -> Any:
     return known[name]
 
 
+def widest_dtype(model: Any) -> Any:
+    """The widest dtype of a model's numbers: what bytes of new factors are counted in."""
+    return max({value.dtype for value in model.parameters()}, key=lambda dtype: dtype.itemsize)
+
+
 def is_language_model(model: Any) -> bool:
     """Whether the model predicts next tokens."""
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -1,10 +1,13 @@
 """A trained model, made smaller: select, calibrate, allocate, fit."""
 
+from isogrid.compress.advise import Advisor
 from isogrid.compress.allocate import allocate_uniform
 from isogrid.compress.calibrate import Moments, as_batches, collect_moments
-from isogrid.compress.distill import Distillation
+from isogrid.compress.distill import Distillation, distill
 from isogrid.compress.estimate import estimate_seconds
-from isogrid.compress.pipeline import as_candidates, compress
+from isogrid.compress.pipeline import AUTO, as_candidates, compress
+from isogrid.compress.plan import Plan
+from isogrid.compress.recipes import EFFORTS, Effort, Prediction, Recipe
 from isogrid.compress.refine import BlockReport, Refinement
 from isogrid.compress.select import select_layers
 from isogrid.compress.summary import (
@@ -18,11 +21,18 @@ from isogrid.compress.summary import (
 from isogrid.compress.welore import freeze_other_than_low_rank, low_rank_components
 
 __all__ = [
+    "AUTO",
+    "EFFORTS",
+    "Advisor",
     "BlockReport",
     "CompressionReport",
     "Distillation",
+    "Effort",
     "LayerReport",
     "Moments",
+    "Plan",
+    "Prediction",
+    "Recipe",
     "Refinement",
     "allocate_uniform",
     "as_batches",
@@ -31,6 +41,7 @@ __all__ = [
     "compress",
     "count_parameters",
     "dense_parameters",
+    "distill",
     "estimate_seconds",
     "freeze_other_than_low_rank",
     "low_rank_components",

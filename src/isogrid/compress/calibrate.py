@@ -19,6 +19,8 @@ from isogrid.fitting import Metric, widened
 BAD_INPUT = (TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError)
 # Rows of one batch of token windows: enough to keep the products busy, few enough for the activations.
 ROWS_PER_BATCH = 2048
+# The same where models are trained: steps are taken, and batches held out, whole.
+ROWS_PER_STEP, LEAST_STEPS = 512, 8
 
 
 @dataclass
@@ -101,9 +103,7 @@ class Moments:
     source: str = "moments of the dense model"
 
 
-def as_batches(
-    calibration: Any, tokenizer: Any = None, length: int = 512, rows_per_batch: int = ROWS_PER_BATCH
-) -> list[Any]:
+def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512, *, training: bool = False) -> list[Any]:
     """Calibration data as a list of model inputs.
 
     Args:
@@ -112,11 +112,12 @@ def as_batches(
             list of texts (the last two with a tokenizer).
         tokenizer: a transformers tokenizer.
         length: window length in tokens for one text; also where texts of a list are cut.
-        rows_per_batch: about how many tokens a batch of tensors or texts has; one window at least.
+        training: make small batches of tensors and texts: models will be trained on some, and judged by others.
 
     Raises:
         IsogridError: texts without a tokenizer, or nothing at all.
     """
+    rows_per_batch, least = (ROWS_PER_STEP, LEAST_STEPS) if training else (ROWS_PER_BATCH, 1)
     if length < 1:
         raise IsogridError(f"a window has at least one token, got length {length}")
     if isinstance(calibration, str):
@@ -132,6 +133,7 @@ def as_batches(
         inner = calibration.shape[1:-1] if calibration.is_floating_point() else calibration.shape[1:]
         per_row = inner.numel()
         step = max(1, rows_per_batch // max(per_row, 1))
+        step = min(step, -(-rows // least)) or 1
         batches = [calibration[i : i + step] for i in range(0, rows, step)]
     elif isinstance(calibration, Mapping):
         batches = [calibration]
@@ -142,7 +144,7 @@ def as_batches(
             )
         batches = list(calibration)
         if batches and all(isinstance(item, str) for item in batches):
-            batches = _padded_texts(batches, _required(tokenizer), length, rows_per_batch)
+            batches = _padded_texts(batches, _required(tokenizer), length, rows_per_batch, least)
     if not batches:
         raise IsogridError("calibration has no rows; give at least one batch, or None for a plain fit")
     return batches
@@ -162,13 +164,13 @@ def _windows(text: str, tokenizer: Any, length: int) -> Tensor:
     return ids[: count * length].view(count, length) if count else ids.unsqueeze(0)
 
 
-def _padded_texts(texts: Sequence[str], tokenizer: Any, length: int, rows_per_batch: int) -> list[Any]:
+def _padded_texts(texts: Sequence[str], tokenizer: Any, length: int, rows_per_batch: int, least: int) -> list[Any]:
     # Sorted by length: little padding, and the rows don't care for the order.
     texts = sorted(texts, key=len)
     out, at = [], 0
     while at < len(texts):
         longest = min(max(len(texts[min(at + 63, len(texts) - 1)]) // 3, 1), length)
-        step = min(64, max(1, rows_per_batch // longest))
+        step = min(64, max(1, rows_per_batch // longest), -(-len(texts) // least))
         out.append(
             tokenizer(texts[at : at + step], padding=True, truncation=True, max_length=length, return_tensors="pt")
         )

@@ -65,19 +65,14 @@ class Curves:
     Args:
         layers: name to dense layer.
         formats: the formats that may be chosen from, sizes open.
-        least: no member of fewer than this share of a layer's dense parameters, if there is a larger one: errors of
-            very small members are beyond what a quadratic loss can tell (fitting theory 5.3).
         budget: unit in which costs are counted.
     """
 
-    def __init__(
-        self, layers: Mapping[str, nn.Module], formats: Sequence[Format], least: float, budget: Budget
-    ) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], formats: Sequence[Format], budget: Budget) -> None:
         self._layers = layers
         self._formats = formats
-        self._least = least
         self._budget = budget
-        self._closed: dict[str, list[Option]] = {}
+        self._closed: dict[str, dict[Format, list[Option]]] = {}
         self._references: dict[str, _Reference] = {}
         # By format and kind: the probed layers' (share, log ratio to Light) by name.
         self._ratios: dict[tuple[Format, str], dict[str, list[tuple[float, float]]]] = {}
@@ -87,14 +82,14 @@ class Curves:
         """Measure one layer."""
         matrix = linear_matrix(self._layers[name]).detach()
         out_features, in_features = matrix.shape
-        found: list[Option] = []
+        found: dict[Format, list[Option]] = {}
         for fmt in self._formats:
             spectrum = fmt.error_curve(widened(matrix), metric)
             if spectrum is not None:
                 step = -(-len(spectrum) // MEMBERS)
                 sizes = range(step, len(spectrum) + 1, step)
                 members = [(fmt.with_size(size), spectrum[size - 1]) for size in sizes]
-                found += [Option(one, self._cost(one, out_features, in_features), error) for one, error in members]
+                found[fmt] = [Option(one, self._cost(one, out_features, in_features), error) for one, error in members]
                 continue
             if name not in self._references:
                 self._references[name] = _Reference.of(matrix, metric)
@@ -103,8 +98,14 @@ class Curves:
                 self._ratios.setdefault((fmt, kind(name, matrix)), {})[name] = probed
         self._closed[name] = found
 
-    def of(self, name: str) -> list[Option]:
+    def of(self, name: str, least: float = 0.0, formats: Sequence[Format] | None = None) -> list[Option]:
         """Options of one layer by rising cost, the dense matrix last.
+
+        Args:
+            name: of the layer.
+            least: no member of fewer than this share of the layer's dense parameters, if there is a larger one: errors
+                of very small members are beyond what a quadratic loss can tell (fitting theory 5.3).
+            formats: only these; None: all.
 
         Raises:
             IsogridError: the layer was not visited.
@@ -113,13 +114,13 @@ class Curves:
             raise IsogridError(f"layer {name!r} has not been measured")
         matrix = linear_matrix(self._layers[name])
         out_features, in_features = matrix.shape
-        found = list(self._closed[name])
-        for fmt in self._formats:
-            found += self._scaled(fmt, name, matrix)
+        found: list[Option] = []
+        for fmt in self._formats if formats is None else formats:
+            closed = self._closed[name].get(fmt)
+            found += self._scaled(fmt, name, matrix) if closed is None else closed
         dense = Option(Dense(), self._cost(Dense(), out_features, in_features), 0.0)
         smaller = sorted((one for one in found if one.cost < dense.cost), key=lambda one: one.cost)
-        least = self._least * dense.cost
-        allowed = [one for one in smaller if one.cost >= least] or smaller[-1:]
+        allowed = [one for one in smaller if one.cost >= least * dense.cost] or smaller[-1:]
         return [*allowed, dense]
 
     def _probe(
@@ -207,6 +208,6 @@ def error_curve(fmt: Format, matrix: Tensor, metric: Metric | None, least: float
     """
     layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(matrix.detach(), requires_grad=False)
-    curves = Curves({"": layer}, [fmt], least, Budget(parameters=0, dtype=torch.float32))
+    curves = Curves({"": layer}, [fmt], Budget(parameters=0, dtype=torch.float32))
     curves.visit("", metric)
-    return curves.of("")
+    return curves.of("", least)

@@ -73,7 +73,7 @@ def distill(
     def loss(place: int) -> Tensor:
         with torch.no_grad():
             wanted = teacher_runs[place]()
-        return _distance(student_runs[place](), wanted, batches[place])
+        return distance(student_runs[place](), wanted, batches[place])
 
     @torch.no_grad()
     def measure(some: Sequence[int]) -> float:
@@ -93,7 +93,8 @@ def distill(
         )
 
 
-def _distance(found: Any, wanted: Any, batch: Any) -> Tensor:
+def distance(found: Any, wanted: Any, batch: Any) -> Tensor:
+    """Of two outputs of a model for one batch: mean divergence in nats a row of logits, else `row_loss`."""
     logits, truth = getattr(found, "logits", None), getattr(wanted, "logits", None)
     if isinstance(logits, Tensor) and isinstance(truth, Tensor):
         ours = real_rows(logits, batch).log_softmax(-1, dtype=torch.float32)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from isogrid.checkpoint import mark_structured
 from isogrid.compress.allocate import check_keep, dense_cost, refuse_explicit_sizes
 from isogrid.compress.blockwise import ByBlocks
-from isogrid.compress.calibrate import ROWS_PER_BATCH, Moments, as_batches, evaluation_mode
+from isogrid.compress.calibrate import Moments, as_batches, evaluation_mode
 from isogrid.compress.distill import Distillation, original_view
 from isogrid.compress.distill import distill as distill_model
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order, fit_layer
-from isogrid.compress.plan import check_allocation, plan
+from isogrid.compress.plan import Plan, check_allocation, plan
 from isogrid.compress.progress import Progress, fingerprint
 from isogrid.compress.refine import OnBlock, Refinement
 from isogrid.compress.select import select_layers
@@ -39,7 +39,7 @@ OnLayer = Callable[[LayerReport], None]
 
 def compress(
     model: nn.Module,
-    format: Format | str | Mapping[str, Any] | Iterable[Any],
+    format: Format | str | Mapping[str, Any] | Iterable[Any] | Plan,
     *,
     keep: float = 0.5,
     budget: Budget | None = None,
@@ -65,7 +65,8 @@ def compress(
     Args:
         model: any module with ``nn.Linear`` or transformers ``Conv1D`` inside. Its mode and dtype are kept.
         format: a `Format`, its name (``"monarch(blocks=8)"``) or its description; its size is chosen by ``keep``.
-            Several of these, or "auto" (`AUTO`): the best for each layer is chosen.
+            Several of these, or "auto" (`AUTO`): the best for each layer is chosen. Or a `Plan` made before (see
+            `advise`), which says what each layer gets; then ``keep``, ``budget`` and ``allocate`` don't count.
         keep: fraction in (0, 1) of the selected dense parameters.
         budget: instead of ``keep``, parameters or bytes for all selected matrices together.
         calibration: None for plain fits of the matrices; else data on which to keep the layers' *outputs* (batches,
@@ -103,7 +104,8 @@ def compress(
             model is then as it was before.
     """
     begun = time.perf_counter()
-    formats = as_candidates(format)
+    given = format if isinstance(format, Plan) else None
+    formats = given.formats if given is not None else as_candidates(format)
     if not 0 <= anchor <= 1:
         raise IsogridError(f"anchor is between 0 and 1, got {anchor}")
     if anchor and (calibration is None or isinstance(calibration, Moments)):
@@ -116,25 +118,24 @@ def compress(
         )
     if not 0 <= held_out < 1:
         raise IsogridError(f"held_out is a share in [0, 1) of the calibration rows, got {held_out}")
-    check_allocation(allocate, formats, calibration)
+    if given is None:
+        check_allocation(allocate, formats, calibration)
     if (refine is not None or distill is not None) and (calibration is None or isinstance(calibration, Moments)):
         raise IsogridError("refine and distill train on data: give calibration batches or texts")
     refinement = Refinement(minutes=refine) if isinstance(refine, int | float) else refine
     distillation = Distillation(minutes=distill) if isinstance(distill, int | float) else distill
     trains = refinement is not None or distillation is not None
     layers = select_layers(model, select, skip)
-    limit, share = _budget(layers, keep, budget)
+    limit, share = _budget(layers, keep, budget) if given is None else given.spent(layers)
     for name, module in layers.items():
         _check_weight(name, module)
     if not (calibration is None or isinstance(calibration, Moments)):
-        # Training takes its steps and holds out in whole batches: small ones.
-        rows = 1 if trains else ROWS_PER_BATCH
-        calibration = as_batches(calibration, tokenizer, length, rows)
-    chosen = plan(model, layers, formats, limit, share, allocate=allocate, calibration=calibration, seed=seed)
+        calibration = as_batches(calibration, tokenizer, length, training=trains)
+    chosen = given or plan(model, layers, formats, limit, share, allocate=allocate, calibration=calibration, seed=seed)
     report = CompressionReport(
         formats,
         share,
-        allocation=allocate,
+        allocation=chosen.allocation,
         predicted_rise=chosen.rise,
         least_rise=chosen.bound,
         dense_model_bytes=stored_bytes(model),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from isogrid.compress.allocate import (
     Option,
     allocate_uniform,
     choose,
+    dense_cost,
     lagrangian_bound,
     water_fill,
 )
@@ -23,11 +24,14 @@ from isogrid.compress.sensitivity import loss_weights
 from isogrid.compress.welore import allocate_welore
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric
-from isogrid.formats import Budget, Format
+from isogrid.formats import Budget, Format, as_format
+from isogrid.linear import linear_matrix
 
 # A global allocation leaves every layer this share of what a uniform one would give it.
 LEAST_SHARE = 0.3
 SENSITIVITY_ROWS = 8
+SENSITIVITY_TOKENS = 256
+Visit = Callable[[str, Metric | None], None]
 ALLOCATIONS = ("uniform", "global", "water_filling", "welore")
 
 
@@ -37,13 +41,149 @@ class Plan:
 
     Attributes:
         members: by layer.
+        formats: what was chosen from.
+        allocation: how.
         rise: predicted rise of the model's loss, by sensitivity times squared error; None where it was not measured.
         bound: no choice within the budget has a smaller predicted rise (a Lagrangian bound); None likewise.
     """
 
     members: dict[str, Format]
+    formats: tuple[Format, ...] = ()
+    allocation: str = "uniform"
     rise: float | None = None
     bound: float | None = None
+
+    def spent(self, layers: Mapping[str, nn.Module], unit: Budget | None = None) -> tuple[Budget, float]:
+        """What the members cost together, in a budget's unit, and the share of the dense cost that it is.
+
+        Args:
+            layers: name to dense layer.
+            unit: a budget, for its unit; None: parameters.
+
+        Raises:
+            IsogridError: the plan is not of these layers; names the first that is amiss.
+        """
+        for name in [*layers, *self.members]:
+            if name not in self.members or name not in layers:
+                why = "the plan doesn't know it" if name in layers else "it is planned, but not selected"
+                raise IsogridError(f"layer {name!r}: {why}; a plan is for one model and one selection of its layers")
+        unit = unit or Budget(parameters=0)
+        cost = 0
+        for name, member in self.members.items():
+            out_features, in_features = linear_matrix(layers[name]).shape
+            cost += unit.amount(member.cost(out_features, in_features, unit.dtype))
+        return unit.with_limit(cost), cost / sum(dense_cost(layer, unit) for layer in layers.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "members": {name: member.to_dict() for name, member in self.members.items()},
+            "formats": [one.to_dict() for one in self.formats],
+            "allocation": self.allocation,
+            "rise": self.rise,
+            "bound": self.bound,
+        }
+
+    @classmethod
+    def from_dict(cls, described: Mapping[str, Any]) -> Plan:
+        """The plan of a description.
+
+        Raises:
+            IsogridError: not a plan's description.
+        """
+        try:
+            return cls(
+                {str(name): as_format(member) for name, member in described["members"].items()},
+                tuple(as_format(one) for one in described["formats"]),
+                str(described["allocation"]),
+                described["rise"],
+                described["bound"],
+            )
+        except (KeyError, AttributeError, TypeError) as error:
+            raise IsogridError(f"not a plan of layers and formats: {type(error).__name__} {error}") from None
+
+
+class Survey:
+    """What every layer may cost and lose, measured once for any number of plans.
+
+    Args:
+        layers: name to dense layer.
+        formats: what may be chosen from; sizes open.
+        unit: a budget, for its unit.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], formats: Sequence[Format], unit: Budget) -> None:
+        self.layers = layers
+        self.formats = tuple(formats)
+        self.unit = unit
+        self.curves = Curves(layers, formats, unit)
+        self.weights: dict[str, float] | None = None
+        self._seen: set[str] = set()
+
+    def measure(self, model: nn.Module, calibration: list[Any] | Moments | None, also: Visit | None = None) -> Survey:
+        """Errors of all layers under the inputs that they get in the dense model.
+
+        Args:
+            model: the dense model; it is not changed.
+            calibration: batches or moments; None: errors of the matrices alone.
+            also: called with each layer's name and metric (None where no data reaches it).
+        """
+
+        def visit(name: str, metric: Metric | None) -> None:
+            if metric is not None and getattr(self.layers[name], "bias", None) is not None:
+                metric = metric.centred
+            self.curves.visit(name, metric)
+            self._seen.add(name)
+            if also is not None:
+                also(name, metric)
+
+        def probe(name: str, metric: Metric, _: Seen) -> nn.Module:
+            visit(name, metric)
+            return self.layers[name]
+
+        if isinstance(calibration, Moments):
+            for name in self.layers:
+                if name in calibration.metrics:
+                    visit(name, calibration.metrics[name].fresh())
+        elif calibration is not None:
+            in_order = InOrder(probe, calibration, anchored=False)
+            with evaluation_mode(model):
+                fit_in_order(model, self.layers, calibration, in_order, anchored=False)
+        for name in self.layers:
+            if name not in self._seen:
+                visit(name, None)
+        return self
+
+    def weigh(self, model: nn.Module, calibration: list[Any], seed: int) -> Survey:
+        """Sensitivities of the model's loss to all layers' errors: from now on `options` count in the loss."""
+        self.weights = loss_weights(model, self.layers, few(calibration), seed=seed)
+        return self
+
+    def options(self, least: float = 0.0, formats: Sequence[Format] | None = None) -> dict[str, list[Option]]:
+        """By layer, what may be chosen: see `Curves.of`."""
+        found = {name: self.curves.of(name, least, formats) for name in self.layers}
+        if self.weights is None:
+            return found
+        return {
+            name: [dataclasses.replace(one, error=one.error * self.weights[name]) for one in of]
+            for name, of in found.items()
+        }
+
+    def best(self, limit: int, share: float, formats: Sequence[Format] | None = None) -> Plan:
+        """The plan of the least predicted rise within a limit, in the survey's unit; `weigh` comes before.
+
+        Raises:
+            BudgetError: nothing is that small.
+        """
+        options = self.options(LEAST_SHARE * share, formats)
+        chosen = choose(options, limit)
+        return Plan(
+            {name: one.format for name, one in chosen.items()},
+            self.formats if formats is None else tuple(formats),
+            "global",
+            rise=sum(one.error for one in chosen.values()),
+            bound=lagrangian_bound(options, limit),
+        )
 
 
 def plan(
@@ -74,30 +214,26 @@ def plan(
         BudgetError: nothing is that small.
     """
     check_allocation(allocate, formats, calibration)
+
+    def planned(members: dict[str, Format]) -> Plan:
+        return Plan(members, tuple(formats), allocate)
+
     if allocate == "welore":
-        return Plan(allocate_welore(layers, formats[0], budget))
+        return planned(allocate_welore(layers, formats[0], budget))
     if allocate == "uniform" and len(formats) == 1:
-        return Plan(allocate_uniform(layers, formats[0], share, budget))
-    # Water-filling asks for nothing but errors; the dense option and a least size are not its own.
-    least = 0.0 if allocate == "water_filling" else LEAST_SHARE * share
-    curves = _curves(model, layers, formats, calibration, least, budget)
-    options = {name: curves.of(name) for name in layers}
+        return planned(allocate_uniform(layers, formats[0], share, budget))
+    survey = Survey(layers, formats, budget).measure(model, calibration)
     if allocate == "uniform":
-        return Plan({name: _best_within(of, share) for name, of in options.items()})
+        options = survey.options(LEAST_SHARE * share)
+        return planned({name: _best_within(of, share) for name, of in options.items()})
     if allocate == "water_filling":
-        low = {name: [one for one in of if one.format.name == formats[0].name] for name, of in options.items()}
-        return Plan({name: one.format for name, one in water_fill(low, budget.limit).items()})
+        # It asks for nothing but errors; the dense option and a least size are not its own.
+        ranks = {
+            name: [one for one in of if one.format.name == formats[0].name] for name, of in survey.options().items()
+        }
+        return planned({name: one.format for name, one in water_fill(ranks, budget.limit).items()})
     assert isinstance(calibration, list)
-    weights = loss_weights(model, layers, few(calibration), seed=seed)
-    options = {
-        name: [dataclasses.replace(one, error=one.error * weights[name]) for one in of] for name, of in options.items()
-    }
-    chosen = choose(options, budget.limit)
-    return Plan(
-        {name: one.format for name, one in chosen.items()},
-        rise=sum(one.error for one in chosen.values()),
-        bound=lagrangian_bound(options, budget.limit),
-    )
+    return survey.weigh(model, calibration, seed).best(budget.limit, share)
 
 
 def check_allocation(allocate: str, formats: Sequence[Format], calibration: Any) -> None:
@@ -112,42 +248,17 @@ def check_allocation(allocate: str, formats: Sequence[Format], calibration: Any)
         raise IsogridError(f"water filling chooses ranks of low_rank or low_rank_light, got {formats[0].label()}")
 
 
-def _curves(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    formats: Sequence[Format],
-    calibration: list[Any] | Moments | None,
-    least: float,
-    budget: Budget,
-) -> Curves:
-    curves = Curves(layers, formats, least, budget)
-    seen: set[str] = set()
-
-    def probe(name: str, metric: Metric, _: Seen) -> nn.Module:
-        module = layers[name]
-        curves.visit(name, metric.centred if getattr(module, "bias", None) is not None else metric)
-        seen.add(name)
-        return module
-
-    if isinstance(calibration, Moments):
-        for name in layers:
-            if name in calibration.metrics:
-                probe(name, calibration.metrics[name].fresh(), None)  # type: ignore[arg-type]
-    elif calibration is not None:
-        with evaluation_mode(model):
-            fit_in_order(model, layers, calibration, InOrder(probe, calibration, anchored=False), anchored=False)
-    for name in layers:
-        if name not in seen:
-            curves.visit(name, None)
-    return curves
-
-
 def _best_within(options: Sequence[Option], share: float) -> Format:
     limit = share * options[-1].cost * (1 + 1e-12)
     return min((one for one in options if one.cost <= limit), key=lambda one: one.error, default=options[0]).format
 
 
 def few(batches: list[Any]) -> list[Any]:
-    """Eight windows one by one: gradients of whole batches would hold all their activations at once."""
+    """Eight windows one by one, long ones in pieces: a backward pass holds all activations at once."""
     single = [row for batch in batches[:SENSITIVITY_ROWS] if isinstance(batch, Tensor) for row in batch.split(1)]
-    return (single or batches)[:SENSITIVITY_ROWS]
+    if not single:
+        return batches[:SENSITIVITY_ROWS]
+    tokens = [row for row in single[:SENSITIVITY_ROWS] if row.ndim == 2 and not row.is_floating_point()]
+    if not tokens:
+        return single[:SENSITIVITY_ROWS]
+    return [piece for row in tokens for piece in row.split(SENSITIVITY_TOKENS, dim=1)]

@@ -4,7 +4,7 @@ from isogrid.fitting.alternating import alternating_least_squares
 from isogrid.fitting.chains import chain_bonds, chain_bound, chain_multiply, chain_project, chain_shapes
 from isogrid.fitting.descent import descend
 from isogrid.fitting.general import fit_general, fit_thoroughly
-from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank
+from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank, truncated_svd
 from isogrid.fitting.metric import Metric, cholesky, squared_norm, widened
 from isogrid.fitting.report import FitReport, OnStep, rank_bound, rank_errors
 from isogrid.fitting.shared_bases import shared_bases
@@ -34,5 +34,6 @@ __all__ = [
     "rank_errors",
     "shared_bases",
     "squared_norm",
+    "truncated_svd",
     "widened",
 ]

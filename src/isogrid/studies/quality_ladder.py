@@ -8,6 +8,7 @@ a text of another domain that is never calibrated on.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.checkpoint import load, save
 from isogrid.compress import (
+    AUTO,
     Distillation,
     Moments,
     Refinement,
+    as_batches,
     collect_moments,
     compress,
     dense_parameters,
+    distill,
     select_layers,
     stored_bytes,
 )
@@ -33,8 +38,11 @@ from isogrid.evaluation import peak_memory_bytes, perplexity
 from isogrid.report import describe_machine, progress, today, write_report
 from isogrid.studies.rows import Say, gap, remembered, row_of
 
-RUNGS = ("plain", "whitened", "anchored", "+ allocation", "+ refinement", "+ distillation")
+ALLOCATED, REFINED, DISTILLED = "+ allocation", "+ refinement", "+ distillation"
+RUNGS = ("plain", "whitened", "anchored", ALLOCATED, REFINED, DISTILLED)
 RECIPE = "AA-SVD recipe"
+WELORE = ("plain", "WeLore", "whitened", "WeLore, whitened")
+PARTS = ("formats", "steps", "stories", "auto", "welore")
 NAMES = {
     "low_rank": "Low rank",
     "low_rank_light": "Low-Rank Light",
@@ -46,6 +54,7 @@ NAMES = {
     "tensor_train": "Tensor train",
     "block_tensor_chain": "Block tensor chain",
     "block_diagonal": "Block-diagonal",
+    "auto": "Auto",
 }
 FIRST = ("low_rank", "low_rank_light", "blast", "monarch", "block_tensor_train", "block_dense")
 # Half-way between the layers' own matrices and the original outputs: as good on the calibration's own domain as all the
@@ -92,8 +101,9 @@ def rungs_of(part: str, *, full: bool, quick: bool) -> list[Rung]:
     Raises:
         IsogridError: unknown part.
     """
+    every = tuple(name for name in NAMES if name != "auto")
     if part == "formats":
-        names = tuple(NAMES) if full else FIRST[:2] if quick else FIRST
+        names = every if full else FIRST[:2] if quick else FIRST
         return [Rung(name, 0.6, rung) for name in names for rung in RUNGS[:3]]
     if part == "steps":
         small = [Rung("low_rank_light", 0.6, rung) for rung in RUNGS[3:]] + [Rung("low_rank", 0.6, RECIPE)]
@@ -104,10 +114,15 @@ def rungs_of(part: str, *, full: bool, quick: bool) -> list[Rung]:
         rows += [Rung("low_rank", keep, RECIPE) for keep in (0.6, 0.8)]
         return rows + [Rung("low_rank_light", 0.4, rung) for rung in RUNGS[3:]]
     if part == "stories":
-        return [Rung(name, 0.6, rung) for name in (FIRST[:2] if quick else NAMES) for rung in RUNGS] + [
+        return [Rung(name, 0.6, rung) for name in (FIRST[:2] if quick else every) for rung in RUNGS] + [
             Rung("low_rank", 0.6, RECIPE)
         ]
-    raise IsogridError(f"quality_ladder has the parts formats, steps and stories; got {part!r}")
+    if part == "auto":
+        return [Rung(name, 0.6, ALLOCATED) for name in ("auto", *AUTO)]
+    if part == "welore":
+        names = ("low_rank", "low_rank_light") if full else ("low_rank_light",)
+        return [Rung(name, keep, rung) for name in names for keep in (0.9, 0.8, 0.7, 0.6) for rung in WELORE]
+    raise IsogridError(f"quality_ladder has the parts {', '.join(PARTS)}; got {part!r}")
 
 
 def run_quality_ladder(
@@ -127,7 +142,8 @@ def run_quality_ladder(
     Args:
         out: folder; the part's table is written to ``out/part``. Rows are kept in ``runs`` and not measured again.
         part: "formats", the first three rungs of the formats at 0.6; "steps", the last rungs of Light at 0.6 beside
-            the published recipe; "stories", every format over all rungs on the smallest model.
+            the published recipe; "stories", every format over all rungs on the smallest model; "auto", a format for
+            each layer beside each format for all; "welore", WeLore's threshold beside equal ratios.
         methods: only these formats, and the published recipe.
         full: all formats, and for "steps" the best four at 0.8 and 0.6, and Light at 0.4: several hours.
         quick: few windows and formats.
@@ -144,7 +160,8 @@ def run_quality_ladder(
     if unknown:
         raise IsogridError(f"{part} has no row of {unknown[0]!r}; it has {', '.join({one.format: 0 for one in rungs})}")
     rungs = [one for one in rungs if not methods or one.format in methods or one.rung == RECIPE]
-    minutes = {"formats": 3, "steps": 14, "stories": 0.15}[part] * len(rungs) * (0.2 if quick else 1)
+    each = {"formats": 3, "steps": 16, "stories": 0.15, "auto": 11, "welore": 1.5}[part]
+    minutes = each * len(rungs) * (0.2 if quick else 1)
     say(f"{len(rungs)} rows; about {minutes:.0f} minutes on two cores, less for rows that are there already")
     subject = _stories(quick, data_dir) if part == "stories" else _smollm(quick, data_dir)
     settings: dict[str, Any] = {
@@ -182,8 +199,10 @@ def run_quality_ladder(
 
     def row(one: Rung) -> dict[str, Any]:
         nonlocal moments
-        if one.rung == "whitened" and moments is None:
+        if "whitened" in one.rung and moments is None:
             moments = collect_moments(subject.model, select_layers(subject.model), subject.calibration)
+        if one.rung == DISTILLED:
+            return distilled(one)
         smaller = copy.deepcopy(subject.model)
         with progress(f"{one.label} {one.rung}", len(select_layers(smaller))) as step:
             report = compress(
@@ -194,10 +213,27 @@ def run_quality_ladder(
                 on_layer=lambda layer: step(layer.name),
                 **_arguments(one, subject, moments),
             )
-        found = row_of(report, one.label, calibrated=one.rung != "plain") | measured(smaller)
+        found = row_of(report, one.label, calibrated="calibration" in _arguments(one, subject, moments))
+        found |= measured(smaller)
         found["rung"] = one.rung
         found["gap"] = gap(found["quality"], dense["quality"])
+        found["predicted_rise"], found["least_rise"] = report.predicted_rise, report.least_rise
         found["blocks"] = [block.to_dict() for block in report.blocks]
+        found["peak_memory"] = peak_memory_bytes()
+        if one.rung == REFINED:
+            save(smaller, runs / one.key)  # the next rung begins here
+        return found
+
+    def distilled(one: Rung) -> dict[str, Any]:
+        """The rung before, and one step more: what `compress` does with ``refine`` and ``distill`` together."""
+        before = dataclasses.replace(one, rung=REFINED)
+        found = dict(remembered(runs, before.key, settings, partial(row, before)))
+        smaller = load(runs / before.key).eval()
+        batches = as_batches(subject.calibration, training=True)
+        reached = distill(smaller, subject.model, batches, subject.distillation, seed=seed)
+        found |= measured(smaller) | {"rung": one.rung, "distilled": dict(vars(reached))}
+        found["gap"] = gap(found["quality"], dense["quality"])
+        found["seconds"] += reached.seconds
         found["peak_memory"] = peak_memory_bytes()
         return found
 
@@ -236,22 +272,21 @@ def run_quality_ladder(
 
 def _arguments(one: Rung, subject: Subject, moments: Moments | None) -> dict[str, Any]:
     """What `compress` is told on a rung."""
-    if one.rung == "plain":
-        return {}
-    options: dict[str, Any] = dict(FAST.get(one.format, {}))
-    if one.rung == "whitened":
-        return {"calibration": moments, **options}
+    options: dict[str, Any] = {"allocate": "welore"} if "WeLore" in one.rung else {}
+    if one.rung in ("plain", "WeLore"):
+        return options
+    options |= FAST.get(one.format, {})
+    if "whitened" in one.rung:
+        return options | {"calibration": moments}
     options["calibration"] = subject.calibration
     if one.rung == RECIPE:
         return options | {"inputs": "original", "refine": subject.refinement}
     options["anchor"] = ANCHOR
     if one.rung == "anchored":
         return options
-    options |= {"allocate": "global"}
-    if one.rung in RUNGS[4:]:
+    options["allocate"] = "global"
+    if one.rung == REFINED:
         options["refine"] = subject.refinement
-    if one.rung == RUNGS[5]:
-        options["distill"] = subject.distillation
     return options
 
 
