@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isogrid.formats.base import Format
 from isogrid.formats.factors import Factor
-from isogrid.formats.sizes import pad_features
+from isogrid.kernels import pad_features
 
 
 @dataclass(frozen=True)

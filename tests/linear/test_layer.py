@@ -88,7 +88,7 @@ def test_forward_of_every_format(name: str) -> None:
     assert set(dict(layer.named_buffers())) == {k for k, spec in specs.items() if not spec.trainable}
     counted = sum(p.numel() for k, p in layer.named_parameters() if k != "bias")
     assert layer.cost().parameters == counted
-    assert layer.memory() == {"factors": layer.cost().bytes, "bias": 4 * M, "dense view": 0}
+    assert layer.memory() == {"factors": layer.cost().bytes, "bias": 4 * M, "dense view": 0, "derived": 0}
     assert layer.format.label() in repr(layer)
 
 
@@ -349,7 +349,7 @@ def test_a_cast_lets_the_kept_view_go() -> None:
         layer.weight.sum()
     assert layer.memory()["dense view"] > 0
     layer.to(torch.bfloat16)
-    assert layer.memory() == {"factors": layer.cost().bytes, "bias": 2 * M, "dense view": 0}
+    assert layer.memory() == {"factors": layer.cost().bytes, "bias": 2 * M, "dense view": 0, "derived": 0}
 
 
 def test_the_kept_view_carries_no_gradient_but_the_live_one_does() -> None:

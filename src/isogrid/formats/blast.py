@@ -15,9 +15,10 @@ from isogrid.fitting import Metric, OnStep, descend, low_rank, project_slices, r
 from isogrid.formats.base import Format
 from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.sizes import pad_features, pad_matrix
+from isogrid.formats.sizes import pad_matrix
 from isogrid.formats.start import Component, orthonormalize_
 from isogrid.formats.traits import Traits
+from isogrid.kernels import coupled_stages
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,7 @@ class Blast(Format):
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """Three batched products; the coupling mixes blocks separately for each direction."""
-        right, coupling, left = factors["right"], factors["coupling"], factors["left"]
-        blocks, _, in_block = right.shape
-        rows = pad_features(x, blocks * in_block).reshape(-1, blocks, in_block)
-        hidden = torch.bmm(right, rows.permute(1, 2, 0))  # (column blocks, rank, rows)
-        mixed = torch.bmm(coupling.permute(2, 0, 1), hidden.transpose(0, 1))  # (rank, row blocks, rows)
-        out = torch.bmm(left, mixed.transpose(0, 1))  # (row blocks, out_block, rows)
-        return out.permute(2, 0, 1).reshape(*x.shape[:-1], blocks * left.shape[1])[..., :out_features]
+        return coupled_stages(x, factors["right"], factors["coupling"], factors["left"], features=out_features)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, ``coupling``, ``left``."""

@@ -14,9 +14,10 @@ from isogrid.fitting import Metric, OnStep, balance, fit_slices, leading_left, r
 from isogrid.formats.base import Format
 from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.sizes import pad_features, pad_matrix
+from isogrid.formats.sizes import pad_matrix
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
+from isogrid.kernels import pad_features
 
 
 @dataclass(frozen=True)

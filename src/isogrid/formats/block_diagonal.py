@@ -15,9 +15,10 @@ from isogrid.formats.base import Format
 from isogrid.formats.budget import Budget
 from isogrid.formats.checks import require_solver
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.sizes import pad_features, pad_matrix
+from isogrid.formats.sizes import pad_matrix
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
+from isogrid.kernels import one_stage
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ class BlockDiagonal(Format):
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """One batched product."""
         diagonal = factors["diagonal"]
-        blocks, out_block, in_block = diagonal.shape
-        rows = self._grouped(pad_features(x, blocks * in_block).reshape(-1, blocks * in_block), blocks)
-        out = torch.bmm(rows.transpose(0, 1), diagonal.mT)  # (blocks, rows, out_block)
-        return out.transpose(0, 1).reshape(*x.shape[:-1], blocks * out_block)[..., :out_features]
+        return one_stage(x, diagonal, in_turn=self.shuffle, features=out_features)
 
     def _grouped(self, rows: Tensor, blocks: int) -> Tensor:
         """``(rows, blocks · in_block) -> (rows, blocks, in_block)``."""

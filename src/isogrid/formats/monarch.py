@@ -15,10 +15,10 @@ from isogrid.formats.base import Format
 from isogrid.formats.block_tensor_train import BlockTensorTrain
 from isogrid.formats.checks import require_solver
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.sizes import pad_features, pad_matrix, stride_order
+from isogrid.formats.sizes import pad_matrix, stride_order
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
-from isogrid.kernels import two_stage
+from isogrid.kernels import pad_features, two_stage
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Monarch(Format):
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """Blocked product, stride permutation, blocked product."""
         right, left = factors["right"], factors["left"]
-        x = pad_features(x, right.shape[0] * right.shape[2])
-        return two_stage(x, right, left, interleave=True)[..., :out_features]
+        return two_stage(x, right, left, interleave=True, features=out_features)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

@@ -13,14 +13,6 @@ from isogrid.errors import IsogridError
 WORST_SKEW = 4
 
 
-def pad_features(x: Tensor, features: int) -> Tensor:
-    """Zeros appended to the last axis up to ``features``; itself when nothing is missing. Never truncates."""
-    missing = features - x.shape[-1]
-    if missing < 0:
-        raise IsogridError(f"input has {x.shape[-1]} features, at most {features} are expected")
-    return torch.nn.functional.pad(x, (0, missing)) if missing else x
-
-
 def pad_matrix(target: Tensor, out_features: int, in_features: int) -> Tensor:
     """Zero rows and columns appended to a matrix up to the given sizes."""
     return torch.nn.functional.pad(target, (0, in_features - target.shape[1], 0, out_features - target.shape[0]))

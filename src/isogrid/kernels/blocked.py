@@ -1,7 +1,16 @@
-"""The product behind Monarch, Block Tensor-Train and their kin: blocked product, re-index, blocked product."""
+"""Products of rows with block-diagonal matrices: one stage, two, or two with a coupling between.
+
+What Monarch, Block Tensor-Train, BLAST and their kin multiply by. On a CPU that has them the native products serve
+(`kernels.native`); everywhere else, and wherever a transform looks inside, the portable ones of this file.
+"""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from isogrid.errors import IsogridError
+from isogrid.kernels import native
 
 # On a CPU, more rows than this are multiplied piece by piece: the intermediate then stays in its cache.
 CHUNK_ROWS = 128
@@ -9,34 +18,103 @@ CHUNK_ROWS = 128
 FEW_ROWS = 8
 
 
-def two_stage(x: Tensor, first: Tensor, second: Tensor, *, interleave: bool) -> Tensor:
+def one_stage(
+    x: Tensor, blocks: Tensor, *, in_turn: bool = False, out_turn: bool = False, features: int | None = None
+) -> Tensor:
+    """Multiply rows by a block-diagonal matrix whose features are dealt to the blocks in order, or in turn.
+
+    Args:
+        x: ``(..., in)``, in at most ``k * p``; missing features are zeros.
+        blocks: ``(k, q, p)``.
+        in_turn: input ``j * k + c`` is number j of block c; else ``c * p + j`` is.
+        out_turn: output ``t * k + c`` is number t of block c; else ``c * q + t`` is.
+        features: the first so many outputs; None: all ``k * q``.
+
+    Returns:
+        ``(..., features)``, contiguous.
+    """
+    k, q, p = blocks.shape
+    features = k * q if features is None else features
+    if native.takes(x, blocks):
+        rows = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch.ops.isogrid.blocked(rows, blocks, in_turn, out_turn, features)
+        return out.view(*x.shape[:-1], features)
+    rows = pad_features(x, k * p).reshape(-1, k * p)
+    dealt = rows.view(-1, p, k).permute(2, 0, 1) if in_turn else rows.view(-1, k, p).transpose(0, 1)
+    out = torch.bmm(dealt, blocks.mT)  # (k, rows, q)
+    out = out.permute(1, 2, 0) if out_turn else out.transpose(0, 1)
+    return out.reshape(len(rows), k * q)[:, :features].contiguous().view(*x.shape[:-1], features)
+
+
+def two_stage(x: Tensor, first: Tensor, second: Tensor, *, interleave: bool, features: int | None = None) -> Tensor:
     """Multiply rows by two block-diagonal matrices with the stride permutation between them.
 
     Args:
-        x: ``(..., k * p)`` rows.
+        x: ``(..., in)``, in at most ``k * p``; missing features are zeros.
         first: ``(k, q, p)``; block ``c`` maps inputs ``c p … c p + p - 1`` to hidden units ``c q … c q + q - 1``.
         second: ``(l, s, r)`` with ``l * r == k * q``; hidden unit ``e`` belongs to block ``e mod l``.
         interleave: order of the outputs. True: output ``sigma * l + a`` is row ``sigma`` of block ``a``
             (Monarch, Dao et al. 2022). False: ``a * s + sigma`` (Block Tensor-Train, Qiu et al. 2024).
+        features: the first so many outputs; None: all ``l * s``.
 
     Returns:
-        ``(..., l * s)``, contiguous, in the dtype and on the device of ``x``.
+        ``(..., features)``, contiguous, in the dtype and on the device of ``x``.
 
-    The intermediate is kept feature-major, ``(hidden, rows)``: then the permutation between the stages is a
-    stride, never a copy, and one transposition at the end is the only data movement.
+    In the portable product the intermediate is kept feature-major, ``(hidden, rows)``: then the permutation between the
+    stages is a stride, never a copy, and one transposition at the end is the only data movement.
     """
-    k, _, p = first.shape  # (k, q, p)
-    rows = x.reshape(-1, k, p)  # (rows, k, p)
+    k, _, p = first.shape
+    features = second.shape[0] * second.shape[1] if features is None else features
+    if native.takes(x, first, second):
+        flat = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch.ops.isogrid.two_stage(flat, first, second, interleave, features)
+        return out.view(*x.shape[:-1], features)
+    rows = pad_features(x, k * p).reshape(-1, k, p)  # (rows, k, p)
     if x.device.type == "cpu" and rows.shape[0] > CHUNK_ROWS and not torch.compiler.is_compiling():
         parts = [_two_stage(part, first, second, interleave) for part in rows.split(CHUNK_ROWS)]
         out = torch.cat(parts)
     else:
         out = _two_stage(rows, first, second, interleave)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    return out[:, :features].contiguous().view(*x.shape[:-1], features)
+
+
+def coupled_stages(x: Tensor, right: Tensor, coupling: Tensor, left: Tensor, *, features: int | None = None) -> Tensor:
+    """Multiply rows by ``left[i] · Σ_j diag(coupling[i, j]) · right[j]``, block row by block row (BLAST).
+
+    Args:
+        x: ``(..., in)``, in at most ``b * p``; missing features are zeros.
+        right: ``(b, r, p)``.
+        coupling: ``(b, b, r)``, row blocks first.
+        left: ``(b, s, r)``.
+        features: the first so many outputs; None: all ``b * s``.
+
+    Returns:
+        ``(..., features)``, contiguous.
+    """
+    b, _, p = right.shape
+    features = b * left.shape[1] if features is None else features
+    if native.takes(x, right, coupling, left):
+        flat = x.reshape(-1, x.shape[-1])
+        out: Tensor = torch.ops.isogrid.blast(flat, right, coupling, left, features)
+        return out.view(*x.shape[:-1], features)
+    rows = pad_features(x, b * p).reshape(-1, b, p)
+    hidden = torch.bmm(right, rows.permute(1, 2, 0))  # (column blocks, rank, rows)
+    mixed = torch.bmm(coupling.permute(2, 0, 1), hidden.transpose(0, 1))  # (rank, row blocks, rows)
+    out = torch.bmm(left, mixed.transpose(0, 1))  # (row blocks, s, rows)
+    out = out.permute(2, 0, 1).reshape(len(rows), b * left.shape[1])
+    return out[:, :features].contiguous().view(*x.shape[:-1], features)
+
+
+def pad_features(x: Tensor, features: int) -> Tensor:
+    """Zeros appended to the last axis up to ``features``; itself when nothing is missing. Never truncates."""
+    missing = features - x.shape[-1]
+    if missing < 0:
+        raise IsogridError(f"input has {x.shape[-1]} features, at most {features} are expected")
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _two_stage(rows: Tensor, first: Tensor, second: Tensor, interleave: bool) -> Tensor:
-    """The product of rows ``(rows, k, p)``, contiguous ``(rows, l * s)``."""
+    """The product of rows ``(rows, k, p)``, ``(rows, l * s)``."""
     l, s, r = second.shape  # noqa: E741 - the field's letter for the second number of blocks
     hidden = torch.bmm(first, rows.permute(1, 2, 0))  # (k, q, rows), contiguous
     regrouped = hidden.reshape(r, l, -1).transpose(0, 1)  # (l, r, rows), a view
@@ -44,4 +122,4 @@ def _two_stage(rows: Tensor, first: Tensor, second: Tensor, interleave: bool) ->
         out = torch.bmm(regrouped.mT, second.mT).permute(1, 2, 0)  # (rows, s, l)
     else:
         out = torch.bmm(second, regrouped).permute(2, 1, 0)  # (rows, s, l)
-    return (out if interleave else out.mT).reshape(rows.shape[0], l * s).contiguous()
+    return (out if interleave else out.mT).reshape(rows.shape[0], l * s)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import IsogridError
 from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
+from isogrid.kernels import derived_bytes, forget
 from isogrid.linear.dense_layers import linear_matrix
 from isogrid.linear.dense_view import DenseView, Snapshot
 
@@ -216,18 +217,21 @@ class StructuredLinear(nn.Module):
         return self.format.cost(self.out_features, self.in_features, self.floating_factor().dtype)
 
     def memory(self) -> dict[str, int]:
-        """Bytes held now, by what holds them: factors, bias, the cached dense view."""
+        """Bytes held now, by what holds them: factors, bias, the cached dense view, factors in a product's order."""
         cached = 0 if self._cached_dense is None else self._cached_dense[1].nbytes
         return {
             "factors": sum(value.nbytes for value in self.factors.values()),
             "bias": 0 if self.bias is None else self.bias.nbytes,
             "dense view": cached,
+            "derived": sum(derived_bytes(value) for value in self.factors.values()),
         }
 
     def train(self, mode: bool = True) -> StructuredLinear:
-        """Training drops the cached dense view: it would be stale after every step."""
+        """Training drops what is kept beside the factors: it would be stale after every step."""
         if mode:
             self._cached_dense = None
+            for value in self.factors.values():
+                forget(value)
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredLinear:

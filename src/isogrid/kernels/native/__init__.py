@@ -1,0 +1,79 @@
+"""The products in C++: one pass over a tile of rows, the intermediate in the cache.
+
+Built at the first use. Where they can't be, one warning says why, and the portable products serve.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from isogrid.errors import IsogridWarning
+from isogrid.kernels.native.build import library, unsuitable
+
+# Tensors that are nothing but numbers in memory: no subclass stands between.
+PLAIN: frozenset[type] = frozenset({Tensor, torch.nn.Parameter})
+DTYPES = (torch.float32, torch.bfloat16)
+# How far the trial product of each dtype may be from the true one, relative to it.
+TRUSTED = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@cache
+def loaded() -> frozenset[torch.dtype]:
+    """The dtypes that native products take here; none where there are no native products."""
+    if unsuitable() is not None:
+        return frozenset()
+    try:
+        torch.ops.load_library(str(library()))
+    except OSError as error:
+        warnings.warn(f"no native products, the portable ones are slower: {error}", IsogridWarning, stacklevel=2)
+        return frozenset()
+    _register_shapes()
+    # PyTorch's block products throw on some processors, and on others give garbage: a trial tells.
+    return frozenset(dtype for dtype in DTYPES if _is_right(dtype))
+
+
+def takes(x: Tensor, *factors: Tensor) -> bool:
+    """Whether the native products take these: plain CPU tensors of one dtype that they know."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES:
+        return False
+    if torch.compiler.is_compiling():
+        # An exported program goes to other machines: it gets the portable products.
+        return not torch.compiler.is_exporting() and _compiles(x.dtype) and all(v.dtype == x.dtype for v in factors)
+    if type(x) not in PLAIN or torch._C._are_functorch_transforms_active():
+        return False
+    for value in factors:
+        if value.dtype != x.dtype or value.device.type != "cpu" or type(value) not in PLAIN:
+            return False
+    return x.dtype in loaded()
+
+
+@torch.compiler.assume_constant_result
+def _compiles(dtype: torch.dtype) -> bool:
+    return dtype in loaded()
+
+
+def _is_right(dtype: torch.dtype) -> bool:
+    source = torch.Generator().manual_seed(0)
+    x, first, second = (torch.randn(*size, generator=source) for size in ((20, 36), (2, 8, 18), (4, 9, 4)))
+    hidden = torch.einsum("bkp,kqp->bkq", x.view(20, 2, 18), first).reshape(20, 4, 4)
+    wanted = torch.einsum("brl,lsr->bls", hidden, second).reshape(20, 36)
+    try:
+        found = torch.ops.isogrid.two_stage(x.to(dtype), first.to(dtype), second.to(dtype), False, 36)
+    except RuntimeError:
+        return False
+    return float((found.float() - wanted).norm() / wanted.norm()) < TRUSTED[dtype]
+
+
+def _register_shapes() -> None:
+    """What the products give, for compilers and exporters."""
+
+    def rows(x: Tensor, features: int) -> Tensor:
+        return x.new_empty(x.shape[0], features)
+
+    torch.library.register_fake("isogrid::blocked", lambda x, w, in_turn, out_turn, features: rows(x, features))
+    torch.library.register_fake("isogrid::two_stage", lambda x, first, second, turn, features: rows(x, features))
+    torch.library.register_fake("isogrid::blast", lambda x, right, coupling, left, features: rows(x, features))

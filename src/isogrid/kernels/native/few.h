@@ -1,0 +1,101 @@
+// One to four rows, as in decoding: weights are read once, and reading them is all that takes time.
+#pragma once
+
+#include "tiles.h"
+
+namespace isogrid {
+
+constexpr int64_t kFewRows = 4;
+// A second thread costs some microseconds: as much as reading this many bytes.
+constexpr int64_t kThreadBytes = 128 * 1024;
+constexpr int64_t kTogether = 4;  // rows of weights in flight
+
+inline int64_t rounded(int64_t count) {
+  return (count + kLane - 1) / kLane * kLane;
+}
+
+inline __m512 sixteen(const float* from, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, from);
+}
+
+inline __m512 sixteen(const BFloat16* from, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+// found[n][i] = weights[i] . x[n] for `count` rows of weights and R rows x, `step` numbers apart.
+template <int R, int W, typename scalar>
+inline void dots(const scalar* weights, int64_t n, const float* x, int64_t step, float* found, int64_t out_step) {
+  __m512 sum[R][W];
+  for (int m = 0; m < R; ++m)
+    for (int i = 0; i < W; ++i) sum[m][i] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < n; j += kLane) {
+    const __mmask16 mask = n - j >= kLane ? 0xffff : static_cast<__mmask16>((1u << (n - j)) - 1);
+    __m512 row[W];
+    for (int i = 0; i < W; ++i) {
+      row[i] = sixteen(weights + i * n + j, mask);
+      _mm_prefetch(reinterpret_cast<const char*>(weights + (i + W) * n + j), _MM_HINT_T0);
+    }
+    for (int m = 0; m < R; ++m) {
+      const __m512 value = _mm512_loadu_ps(x + m * step + j);  // zeros up to a whole register
+      for (int i = 0; i < W; ++i) sum[m][i] = _mm512_fmadd_ps(row[i], value, sum[m][i]);
+    }
+  }
+  for (int m = 0; m < R; ++m)
+    for (int i = 0; i < W; ++i) found[m * out_step + i] = _mm512_reduce_add_ps(sum[m][i]);
+}
+
+// One stage: block c of `blocks` takes numbers c * pitch … of x and gives c * q …
+template <int R, typename scalar>
+void few_stage(
+    const scalar* weights, int64_t blocks, int64_t q, int64_t p, const float* x, int64_t pitch, float* found) {
+  const int64_t step = blocks * pitch, out_step = blocks * q;
+  const int64_t grain = std::max<int64_t>(kThreadBytes / std::max<int64_t>(p * sizeof(scalar), 1), 1);
+  at::parallel_for(0, blocks * q, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end;) {
+      const int64_t c = e / q, last = std::min(end, (c + 1) * q);
+      const float* from = x + c * pitch;
+      for (; e + kTogether <= last; e += kTogether)
+        dots<R, kTogether>(weights + e * p, p, from, step, found + e, out_step);
+      for (; e < last; ++e) dots<R, 1>(weights + e * p, p, from, step, found + e, out_step);
+    }
+  });
+}
+
+template <typename F>
+void for_rows(int64_t rows, const F& work) {
+  switch (rows) {
+    case 1: return work(std::integral_constant<int, 1>{});
+    case 2: return work(std::integral_constant<int, 2>{});
+    case 3: return work(std::integral_constant<int, 3>{});
+    default: return work(std::integral_constant<int, 4>{});
+  }
+}
+
+// Rows as floats, every block at a multiple of 16 numbers, zeros between.
+template <typename scalar, typename Order>
+void few_load(const scalar* x, int64_t rows, int64_t step, int64_t features, const Order& order, int64_t pitch, float* to) {
+  std::fill(to, to + rows * order.blocks * pitch, 0.0f);
+  for (int64_t n = 0; n < rows; ++n) {
+    float* row = to + n * order.blocks * pitch;
+    const scalar* from = x + n * step;
+    if (order.in_turn) {
+      for (int64_t f = 0; f < features; ++f)
+        row[f % order.blocks * pitch + f / order.blocks] = static_cast<float>(from[f]);
+      continue;
+    }
+    for (int64_t c = 0; c * order.size < features; ++c)
+      for (int64_t j = 0; j < std::min(order.size, features - c * order.size); ++j)
+        row[c * pitch + j] = static_cast<float>(from[c * order.size + j]);
+  }
+}
+
+template <typename scalar, typename Order>
+void few_store(const float* found, int64_t rows, const Order& order, scalar* y, int64_t step, int64_t features) {
+  for (int64_t n = 0; n < rows; ++n) {
+    const float* from = found + n * order.blocks * order.size;
+    for (int64_t f = 0; f < features; ++f)
+      y[n * step + f] = static_cast<scalar>(order.in_turn ? from[f % order.blocks * order.size + f / order.blocks] : from[f]);
+  }
+}
+
+}  // namespace isogrid

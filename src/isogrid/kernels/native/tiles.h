@@ -1,0 +1,268 @@
+// Tiles of rows, feature-major: loading, small products, storing.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+namespace isogrid {
+
+using at::BFloat16;
+
+// Rows of a tile: as many as keep its features in the second-level cache, a multiple of 16 (one register).
+constexpr int64_t kLane = 16;
+constexpr int64_t kMostRows = 64;
+constexpr int64_t kTileBytes = 640 * 1024;
+
+inline int64_t tile_width(int64_t rows, int64_t features) {
+  int64_t width = kMostRows;
+  while (width > kLane && width * features * static_cast<int64_t>(sizeof(float)) > kTileBytes) width /= 2;
+  const int64_t threads = at::get_num_threads();
+  while (width > kLane && rows <= width * (threads - 1)) width /= 2;  // a tile for each thread
+  return width;
+}
+
+struct Tile {
+  int64_t rows;    // real ones
+  int64_t padded;  // a multiple of 16
+  int64_t stride;  // numbers between two features: off the powers of two that would share a cache set
+  explicit Tile(int64_t count) : rows(count), padded((count + kLane - 1) / kLane * kLane), stride(padded + kLane) {}
+};
+
+// Memory of one tile, grown once a thread and used again.
+class Scratch {
+ public:
+  template <typename T>
+  T* take(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
+    Pool& pool = mine();
+    if (used_ == pool.size()) pool.emplace_back();
+    Piece& piece = pool[used_++];
+    if (piece.bytes < bytes) {
+      piece.memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
+      TORCH_CHECK(piece.memory != nullptr, "out of memory for a tile of ", bytes, " bytes");
+      piece.bytes = bytes;
+    }
+    return reinterpret_cast<T*>(piece.memory.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  struct Piece {
+    std::unique_ptr<char, Free> memory;
+    size_t bytes = 0;
+  };
+  using Pool = std::vector<Piece>;
+  static Pool& mine() {
+    thread_local Pool pool;
+    return pool;
+  }
+  size_t used_ = 0;
+};
+
+template <typename F>
+void over_tiles(int64_t rows, int64_t width, const F& work) {
+  const int64_t tiles = (rows + width - 1) / width;
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) work(t * width, std::min(width, rows - t * width));
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// 16 x 16 transposition of 32-bit units in registers.
+inline void transpose16(__m512i v[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+
+// Two float rows to pairs of bfloat16, the first in the lower half; to the nearest, ties to even.
+inline __m512i pairs(__m512 low, __m512 high) {
+  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x7fc00000);
+  const auto rounded = [&](__m512 value) {
+    const __m512i bits = _mm512_castps_si512(value);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(half, odd));
+    return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), quiet);
+  };
+  return _mm512_or_si512(
+      _mm512_srli_epi32(rounded(low), 16), _mm512_and_si512(rounded(high), _mm512_set1_epi32(0xffff0000)));
+}
+
+// ---- loading: rows (rows, features) to feature-major. Floats: [feature][row]. bfloat16: [feature / 2][row][2].
+
+template <typename Order>
+void load(
+    const float* x, int64_t step, int64_t features, const Order& order, int64_t whole, const Tile& tile, float* to) {
+  __m512i v[16];
+  for (int64_t f = 0; f < whole; f += kLane) {
+    const int64_t real = std::clamp<int64_t>(features - f, 0, kLane), left = std::min(whole - f, kLane);
+    const __mmask16 mask = static_cast<__mmask16>((1u << real) - 1);
+    for (int64_t t = 0; t < tile.padded; t += kLane) {
+      for (int64_t i = 0; i < kLane; ++i)
+        v[i] = t + i < tile.rows ? _mm512_maskz_loadu_epi32(mask, x + (t + i) * step + f) : _mm512_setzero_si512();
+      transpose16(v);
+      for (int64_t i = 0; i < left; ++i) _mm512_storeu_si512(to + order.row(f + i) * tile.stride + t, v[i]);
+    }
+  }
+}
+
+template <typename Order>
+void load(
+    const BFloat16* x, int64_t step, int64_t features, const Order& order, int64_t whole, const Tile& tile,
+    BFloat16* to) {
+  __m512i v[16];  // units of two neighbours; in turn, these belong to different blocks
+  for (int64_t f = 0; f < whole; f += 2 * kLane) {
+    const int64_t real = std::clamp<int64_t>(features - f, 0, 2 * kLane), left = std::min(whole - f, 2 * kLane);
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << real) - 1);
+    for (int64_t t = 0; t < tile.padded; t += kLane) {
+      for (int64_t i = 0; i < kLane; ++i)
+        v[i] = t + i < tile.rows ? _mm512_maskz_loadu_epi16(mask, x + (t + i) * step + f) : _mm512_setzero_si512();
+      transpose16(v);
+      if (order.straight()) {
+        for (int64_t i = 0; 2 * i < left; ++i) _mm512_storeu_si512(to + (f + 2 * i) * tile.stride + 2 * t, v[i]);
+        continue;
+      }
+      alignas(64) uint16_t unit[32];
+      for (int64_t i = 0; i < left; ++i) {
+        if (i % 2 == 0) _mm512_store_si512(unit, v[i / 2]);
+        const int64_t row = order.row(f + i);
+        auto* place = reinterpret_cast<uint16_t*>(to) + row / 2 * 2 * tile.stride + 2 * t + row % 2;
+        for (int64_t n = 0; n < kLane; ++n) place[2 * n] = unit[2 * n + i % 2];
+      }
+    }
+  }
+}
+
+// ---- products: found (m, rows) = weights (m, n) · taken (n, rows), in float.
+
+inline void product(int64_t m, int64_t n, const float* weights, const float* taken, float* found, const Tile& tile) {
+  at::native::cpublas::brgemm(
+      m, tile.padded, n, n, tile.stride, tile.stride, false, weights, taken, found, /*is_vnni=*/false);
+}
+
+inline void product(
+    int64_t m, int64_t n, const BFloat16* weights, const BFloat16* taken, float* found, const Tile& tile) {
+  // Pairs only: an odd number of terms ends the process where the processor has matrix tiles.
+  const int64_t even = n / 2 * 2;
+  if (even > 0)
+    at::native::cpublas::brgemm(
+        m, tile.padded, even, n, tile.stride, tile.stride, false, weights, taken, found, /*is_vnni=*/true);
+  if (even == n) return;
+  const BFloat16* last = taken + even * tile.stride;
+  for (int64_t i = 0; i < m; ++i) {
+    const float weight = static_cast<float>(weights[i * n + even]);
+    float* row = found + i * tile.stride;
+    for (int64_t t = 0; t < tile.padded; ++t)
+      row[t] = (even > 0 ? row[t] : 0.0f) + weight * static_cast<float>(last[2 * t]);
+  }
+}
+
+// ---- what a product takes from the one before: `count` rows, `step` numbers apart.
+
+inline void narrow(const float* rows, int64_t step, int64_t count, const Tile& tile, float* to) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t t = 0; t < tile.padded; t += kLane)
+      _mm512_storeu_ps(to + i * tile.stride + t, _mm512_loadu_ps(rows + i * step + t));
+}
+
+inline void narrow(const float* rows, int64_t step, int64_t count, const Tile& tile, BFloat16* to) {
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t t = 0; t < tile.padded; t += kLane) {
+      const __m512 low = _mm512_loadu_ps(rows + i * step + t);
+      const __m512 high = i + 1 < count ? _mm512_loadu_ps(rows + (i + 1) * step + t) : _mm512_setzero_ps();
+      _mm512_storeu_si512(to + i * tile.stride + 2 * t, pairs(low, high));
+    }
+}
+
+// mixed[i, rho] = sum_j coupling[i, j, rho] hidden[j, rho]
+inline void mix(
+    int64_t b, int64_t r, const float* coupling, const float* hidden, float* mixed, const Tile& tile) {
+  for (int64_t rho = 0; rho < r; ++rho)
+    for (int64_t t = 0; t < tile.padded; t += 2 * kLane) {
+      const bool two = t + kLane < tile.padded;
+      for (int64_t i = 0; i < b; ++i) {
+        __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+        for (int64_t j = 0; j < b; ++j) {
+          const __m512 scale = _mm512_set1_ps(coupling[(i * b + j) * r + rho]);
+          const float* from = hidden + (j * r + rho) * tile.stride + t;
+          low = _mm512_fmadd_ps(scale, _mm512_loadu_ps(from), low);
+          if (two) high = _mm512_fmadd_ps(scale, _mm512_loadu_ps(from + kLane), high);
+        }
+        float* to = mixed + (i * r + rho) * tile.stride + t;
+        _mm512_storeu_ps(to, low);
+        if (two) _mm512_storeu_ps(to + kLane, high);
+      }
+    }
+}
+
+// ---- storing: feature-major floats to rows (rows, features).
+
+template <typename Order>
+void store(
+    const float* found, const Order& order, float* y, int64_t step, int64_t features,
+    const Tile& tile) {
+  __m512i v[16];
+  for (int64_t f = 0; f < features; f += kLane) {
+    const int64_t real = std::min(features - f, kLane);
+    const __mmask16 mask = static_cast<__mmask16>((1u << real) - 1);
+    const float* rows[16];
+    for (int64_t i = 0; i < kLane; ++i) rows[i] = found + order.row(std::min(f + i, features - 1)) * tile.stride;
+    for (int64_t t = 0; t < tile.padded; t += kLane) {
+      for (int64_t i = 0; i < kLane; ++i)
+        v[i] = _mm512_castps_si512(_mm512_loadu_ps(rows[i] + t));
+      transpose16(v);
+      for (int64_t i = 0; i < kLane && t + i < tile.rows; ++i)
+        _mm512_mask_storeu_epi32(y + (t + i) * step + f, mask, v[i]);
+    }
+  }
+}
+
+template <typename Order>
+void store(
+    const float* found, const Order& order, BFloat16* y, int64_t step, int64_t features,
+    const Tile& tile) {
+  __m512i v[16];
+  for (int64_t f = 0; f < features; f += 2 * kLane) {
+    const int64_t real = std::min(features - f, 2 * kLane);
+    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << real) - 1);
+    const float* rows[32];
+    for (int64_t i = 0; i < 2 * kLane; ++i) rows[i] = found + order.row(std::min(f + i, features - 1)) * tile.stride;
+    for (int64_t t = 0; t < tile.padded; t += kLane) {
+      for (int64_t i = 0; i < kLane; ++i)
+        v[i] = pairs(_mm512_loadu_ps(rows[2 * i] + t), _mm512_loadu_ps(rows[2 * i + 1] + t));
+      transpose16(v);
+      for (int64_t i = 0; i < kLane && t + i < tile.rows; ++i)
+        _mm512_mask_storeu_epi16(y + (t + i) * step + f, mask, v[i]);
+    }
+  }
+}
+
+}  // namespace isogrid
