@@ -8,7 +8,6 @@ namespace isogrid {
 constexpr int64_t kFewRows = 4;
 // A second thread costs some microseconds: as much as reading this many bytes.
 constexpr int64_t kThreadBytes = 128 * 1024;
-constexpr int64_t kTogether = 4;  // rows of weights in flight
 
 inline int64_t rounded(int64_t count) {
   return (count + kLane - 1) / kLane * kLane;
@@ -22,26 +21,27 @@ inline __m512 sixteen(const BFloat16* from, __mmask16 mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
 }
 
-// found[n][i] = weights[i] . x[n] for `count` rows of weights and R rows x, `step` numbers apart.
-template <int R, int W, typename scalar>
+// found[n] = weights . x[n] for R rows x, `step` numbers apart. One row of weights at a time: memory gives a single
+// stream twice as fast as four beside each other, and better without being asked beforehand.
+template <int R, typename scalar>
 inline void dots(const scalar* weights, int64_t n, const float* x, int64_t step, float* found, int64_t out_step) {
-  __m512 sum[R][W];
-  for (int m = 0; m < R; ++m)
-    for (int i = 0; i < W; ++i) sum[m][i] = _mm512_setzero_ps();
-  for (int64_t j = 0; j < n; j += kLane) {
-    const __mmask16 mask = n - j >= kLane ? 0xffff : static_cast<__mmask16>((1u << (n - j)) - 1);
-    __m512 row[W];
-    for (int i = 0; i < W; ++i) {
-      row[i] = sixteen(weights + i * n + j, mask);
-      _mm_prefetch(reinterpret_cast<const char*>(weights + (i + W) * n + j), _MM_HINT_T0);
-    }
+  __m512 even[R], odd[R];
+  for (int m = 0; m < R; ++m) even[m] = odd[m] = _mm512_setzero_ps();
+  int64_t j = 0;
+  for (; j + 2 * kLane <= n; j += 2 * kLane) {
+    const __m512 low = sixteen(weights + j, 0xffff), high = sixteen(weights + j + kLane, 0xffff);
     for (int m = 0; m < R; ++m) {
-      const __m512 value = _mm512_loadu_ps(x + m * step + j);  // zeros up to a whole register
-      for (int i = 0; i < W; ++i) sum[m][i] = _mm512_fmadd_ps(row[i], value, sum[m][i]);
+      even[m] = _mm512_fmadd_ps(low, _mm512_loadu_ps(x + m * step + j), even[m]);
+      odd[m] = _mm512_fmadd_ps(high, _mm512_loadu_ps(x + m * step + j + kLane), odd[m]);
     }
   }
-  for (int m = 0; m < R; ++m)
-    for (int i = 0; i < W; ++i) found[m * out_step + i] = _mm512_reduce_add_ps(sum[m][i]);
+  for (; j < n; j += kLane) {
+    const __mmask16 mask = n - j >= kLane ? 0xffff : static_cast<__mmask16>((1u << (n - j)) - 1);
+    const __m512 last = sixteen(weights + j, mask);
+    for (int m = 0; m < R; ++m)  // zeros up to a whole register
+      even[m] = _mm512_fmadd_ps(last, _mm512_loadu_ps(x + m * step + j), even[m]);
+  }
+  for (int m = 0; m < R; ++m) found[m * out_step] = _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m]));
 }
 
 // One stage: block c of `blocks` takes numbers c * pitch … of x and gives c * q …
@@ -51,13 +51,8 @@ void few_stage(
   const int64_t step = blocks * pitch, out_step = blocks * q;
   const int64_t grain = std::max<int64_t>(kThreadBytes / std::max<int64_t>(p * sizeof(scalar), 1), 1);
   at::parallel_for(0, blocks * q, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end;) {
-      const int64_t c = e / q, last = std::min(end, (c + 1) * q);
-      const float* from = x + c * pitch;
-      for (; e + kTogether <= last; e += kTogether)
-        dots<R, kTogether>(weights + e * p, p, from, step, found + e, out_step);
-      for (; e < last; ++e) dots<R, 1>(weights + e * p, p, from, step, found + e, out_step);
-    }
+    for (int64_t e = begin; e < end; ++e)
+      dots<R>(weights + e * p, p, x + e / q * pitch, step, found + e, out_step);
   });
 }
 
