@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from isogrid.cli.advise import advise
+from isogrid.cli.bench import bench
 from isogrid.cli.compress import compress
 from isogrid.cli.console import console, notes, plain
 from isogrid.cli.demo import demo
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = (advise, compress, evaluate, inspect, formats, demo, report, memory, study, doctor)
+VERBS = (advise, compress, evaluate, inspect, formats, demo, report, memory, bench, study, doctor)
 for verb in VERBS:
     app.command()(verb)
 

@@ -15,6 +15,7 @@ from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
+from isogrid.kernels import low_rank_product
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,7 @@ class LowRank(Format):
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """Two products; the intermediate has ``rank`` features."""
-        hidden = torch.nn.functional.linear(x, factors["right"])  # (..., rank)
-        return torch.nn.functional.linear(hidden, factors["left"])
+        return low_rank_product(x, factors["right"], factors["left"])
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """``left · right``."""

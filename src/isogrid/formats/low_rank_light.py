@@ -16,6 +16,7 @@ from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.start import Component, normal_
 from isogrid.formats.traits import Traits
+from isogrid.kernels import dense_product
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class LowRankLight(Format):
         """Gather, one product into the chosen inputs, one product out."""
         rank = factors["rest"].shape[0]
         gathered = x.index_select(-1, factors["order"])
-        hidden = gathered[..., :rank] + torch.nn.functional.linear(gathered[..., rank:], factors["rest"])
-        return torch.nn.functional.linear(hidden, factors["left"])
+        hidden = gathered[..., :rank] + dense_product(gathered[..., rank:], factors["rest"])
+        return dense_product(hidden, factors["left"])
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """``left · [I | rest]`` with its columns back in place."""

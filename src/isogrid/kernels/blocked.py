@@ -14,6 +14,8 @@ from isogrid.kernels import native
 
 # On a CPU, more rows than this are multiplied piece by piece: the intermediate then stays in its cache.
 CHUNK_ROWS = 128
+# Up to here native products beat PyTorch's dense ones even where there is a single block.
+FEW_DENSE_ROWS = 64
 # Up to here a batched product with the rows on the left is faster (three- to tenfold on one core at 768 x 768).
 FEW_ROWS = 8
 
@@ -44,6 +46,26 @@ def one_stage(
     out = torch.bmm(dealt, blocks.mT)  # (k, rows, q)
     out = out.permute(1, 2, 0) if out_turn else out.transpose(0, 1)
     return out.reshape(len(rows), k * q)[:, :features].contiguous().view(*x.shape[:-1], features)
+
+
+def low_rank_product(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
+    """Multiply rows by ``left · right``, the two products in one pass where rows are few.
+
+    Args:
+        x: ``(..., in)``.
+        right: ``(rank, in)``.
+        left: ``(out, rank)``.
+    """
+    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and native.takes(x, right, left):
+        return two_stage(x, right.unsqueeze(0), left.unsqueeze(0), interleave=False)
+    return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
+
+
+def dense_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows by a dense ``(out, in)`` factor."""
+    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and native.takes(x, weight):
+        return one_stage(x, weight.unsqueeze(0))
+    return torch.nn.functional.linear(x, weight)
 
 
 def two_stage(x: Tensor, first: Tensor, second: Tensor, *, interleave: bool, features: int | None = None) -> Tensor:
