@@ -74,6 +74,11 @@ def _register_shapes() -> None:
     def rows(x: Tensor, features: int) -> Tensor:
         return x.new_empty(x.shape[0], features)
 
+    def sums(y: Tensor, x: Tensor, blocks: int) -> Tensor:
+        return x.new_empty(blocks, y.shape[1] // blocks, x.shape[1] // blocks)
+
     torch.library.register_fake("isogrid::blocked", lambda x, w, in_turn, out_turn, features: rows(x, features))
+    torch.library.register_fake("isogrid::turned", lambda x, w: rows(x, w.shape[0] * w.shape[2]))
+    torch.library.register_fake("isogrid::gram", sums)
     torch.library.register_fake("isogrid::two_stage", lambda x, first, second, turn, features: rows(x, features))
     torch.library.register_fake("isogrid::blast", lambda x, right, coupling, left, features: rows(x, features))

@@ -5,6 +5,7 @@
 
 #include "few.h"
 #include "tiles.h"
+#include "turned.h"
 
 #include <torch/library.h>
 
@@ -227,13 +228,120 @@ Tensor blast_cpu(
   return y;
 }
 
+// y[c] = x[c] w[c]: the product with the transposed blocks, on the blocks as they are stored.
+void turned_blocks(const Tensor& x, const Tensor& w, Tensor& y) {
+  const int64_t rows = x.size(0), k = w.size(0), q = w.size(1), p = w.size(2), width = kMostRows;
+  if (x.scalar_type() == at::kFloat) {
+    const float *from = x.const_data_ptr<float>(), *weights = w.const_data_ptr<float>();
+    float* to = y.mutable_data_ptr<float>();
+    over_tiles(rows, tile_width(rows, 0), [&](int64_t begin, int64_t count) {
+      for (int64_t c = 0; c < k; ++c)
+        turned_block(
+            from + begin * x.stride(0) + c * q, x.stride(0), count, q, p, weights + c * q * p,
+            to + begin * y.stride(0) + c * p, y.stride(0));
+    });
+    return;
+  }
+  const int64_t even = q + q % 2;
+  const at::BFloat16 *from = x.const_data_ptr<at::BFloat16>(), *weights = w.const_data_ptr<at::BFloat16>();
+  const Tensor packed = at::empty({k, even, p}, w.options());
+  auto* pairs_of = packed.mutable_data_ptr<at::BFloat16>();
+  at::BFloat16* to = y.mutable_data_ptr<at::BFloat16>();
+  at::parallel_for(0, k, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) pack_block(weights + c * q * p, q, p, pairs_of + c * even * p);
+  });
+  over_tiles(rows, tile_width(rows, 0), [&](int64_t begin, int64_t count) {
+    Scratch scratch;
+    auto* found = scratch.take<float>(width * p);
+    auto* whole = q % 2 ? scratch.take<at::BFloat16>(width * even) : nullptr;
+    for (int64_t c = 0; c < k; ++c) {
+      const at::BFloat16* block = from + begin * x.stride(0) + c * q;
+      int64_t step = x.stride(0);
+      if (whole != nullptr) {  // the last number of each row is paired with a zero
+        for (int64_t t = 0; t < count; ++t) {
+          std::copy(block + t * step, block + t * step + q, whole + t * even);
+          whole[t * even + q] = 0;
+        }
+        block = whole;
+        step = even;
+      }
+      at::native::cpublas::brgemm(count, p, even, step, p, p, false, block, pairs_of + c * even * p, found, true);
+      for (int64_t t = 0; t < count; ++t)
+        to_bfloat16(found + t * p, p, to + (begin + t) * y.stride(0) + c * p);
+    }
+  });
+}
+
+// dw[c] = y[c]^T x[c], summed over rows in float.
+template <typename scalar>
+void gram_blocks(const Tensor& y, const Tensor& x, int64_t k, Tensor& dw) {
+  const int64_t rows = y.size(0), q = dw.size(1), p = dw.size(2);
+  const scalar *left = y.const_data_ptr<scalar>(), *right = x.const_data_ptr<scalar>();
+  float* to = dw.mutable_data_ptr<float>();
+  // Blocks, or parts of the rows of one, to each thread: every sum is made by one thread, in order.
+  const int64_t part = std::max<int64_t>((q + at::get_num_threads() - 1) / at::get_num_threads(), 1);
+  const int64_t parts = k >= at::get_num_threads() ? 1 : (q + part - 1) / part, each = (q + parts - 1) / parts;
+  at::parallel_for(0, k * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t c = n / parts, start = n % parts * each, some = std::min(each, q - start);
+      if (some <= 0) continue;
+      Scratch scratch;
+      auto* turned = scratch.take<scalar>(some * (kGramRows + kLane));
+      scalar* paired = kPaired<scalar> ? scratch.take<scalar>((kGramRows + 1) * p + 2 * kLane) : nullptr;
+      for (int64_t begin = 0; begin < rows; begin += kGramRows) {
+        const Tile tile(std::min(kGramRows, rows - begin));
+        turn_tile(left + begin * y.stride(0) + c * q + start, y.stride(0), some, tile, turned);
+        const scalar* block = right + begin * x.stride(0) + c * p;
+        float* sum = to + (c * q + start) * p;
+        if constexpr (kPaired<scalar>) {
+          for (int64_t t = 0; t < tile.rows; t += 2)
+            pair_rows(
+                block + t * x.stride(0), t + 1 < tile.rows ? block + (t + 1) * x.stride(0) : nullptr, p, paired + t * p);
+          at::native::cpublas::brgemm(
+              some, p, tile.rows + tile.rows % 2, tile.stride, p, p, begin > 0, turned, paired, sum, true);
+        } else {
+          at::native::cpublas::brgemm(
+              some, p, tile.rows, tile.stride, x.stride(0), p, begin > 0, turned, block, sum, false);
+        }
+      }
+    }
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+Tensor turned_cpu(const Tensor& x, const Tensor& w) {
+  check(x, w, "turned");
+  TORCH_CHECK(x.size(1) == w.size(0) * w.size(1), "turned: features of x are those that the blocks give");
+  const Tensor rows = in_rows(x), weights = w.contiguous();
+  Tensor y = at::empty({x.size(0), w.size(0) * w.size(2)}, x.options());
+  if (x.size(0) > 0) turned_blocks(rows, weights, y);
+  return y;
+}
+
+Tensor gram_cpu(const Tensor& y, const Tensor& x, int64_t blocks) {
+  TORCH_CHECK(y.dim() == 2 && x.dim() == 2 && y.size(0) == x.size(0), "gram: as many rows of both");
+  TORCH_CHECK(y.size(1) % blocks == 0 && x.size(1) % blocks == 0, "gram: blocks divide the features");
+  const Tensor left = in_rows(y), right = in_rows(x);
+  Tensor dw = at::empty({blocks, y.size(1) / blocks, x.size(1) / blocks}, x.options().dtype(at::kFloat));
+  if (y.size(0) == 0) return dw.zero_().to(x.scalar_type());
+  if (x.scalar_type() == at::kFloat)
+    gram_blocks<float>(left, right, blocks, dw);
+  else
+    gram_blocks<at::BFloat16>(left, right, blocks, dw);
+  return dw.to(x.scalar_type());
+}
+
 TORCH_LIBRARY(isogrid, m) {
+  m.def("turned(Tensor x, Tensor w) -> Tensor");
+  m.def("gram(Tensor y, Tensor x, int blocks) -> Tensor");
   m.def("blocked(Tensor x, Tensor w, bool in_turn, bool out_turn, int features) -> Tensor");
   m.def("two_stage(Tensor x, Tensor first, Tensor second, bool interleave, int features) -> Tensor");
   m.def("blast(Tensor x, Tensor right, Tensor coupling, Tensor left, int features) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(isogrid, CPU, m) {
+  m.impl("turned", &turned_cpu);
+  m.impl("gram", &gram_cpu);
   m.impl("blocked", &blocked_cpu);
   m.impl("two_stage", &two_stage_cpu);
   m.impl("blast", &blast_cpu);

@@ -18,7 +18,7 @@ import filelock
 import torch
 
 SOURCES = ("blocked.cpp", "gradients.cpp")
-HEADERS = ("few.h", "tiles.h")
+HEADERS = ("few.h", "tiles.h", "turned.h")
 # Every processor that has the first has the others but the oldest ones; all are asked for at run time.
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
