@@ -20,6 +20,7 @@ from isogrid.cli.inspect import inspect
 from isogrid.cli.memory import memory
 from isogrid.cli.report import report
 from isogrid.cli.study import study
+from isogrid.cli.tune import tune
 from isogrid.errors import IsogridError, IsogridWarning
 
 app = typer.Typer(
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = (advise, compress, evaluate, inspect, formats, demo, report, memory, bench, study, doctor)
+VERBS = (advise, compress, evaluate, inspect, formats, demo, report, memory, bench, tune, study, doctor)
 for verb in VERBS:
     app.command()(verb)
 

@@ -4,6 +4,7 @@ from isogrid.evaluation.heatmap import heatmap_fidelity, heatmaps
 from isogrid.evaluation.latency import Timing, interleaved_medians, peak_memory_bytes
 from isogrid.evaluation.perplexity import Perplexity, perplexity
 from isogrid.evaluation.sts import embed_sentences, spearman, sts_spearman
+from isogrid.evaluation.tuning import tune
 
 __all__ = [
     "Perplexity",
@@ -16,4 +17,5 @@ __all__ = [
     "perplexity",
     "spearman",
     "sts_spearman",
+    "tune",
 ]

@@ -13,6 +13,7 @@ from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
 from isogrid.kernels import derived_bytes, forget
 from isogrid.linear.dense_layers import linear_matrix
 from isogrid.linear.dense_view import DenseView, Snapshot
+from isogrid.linear.speed import LEAST_SAVING, ROW_STEPS, WIN, speed_table
 
 
 class StructuredLinear(nn.Module):
@@ -38,6 +39,8 @@ class StructuredLinear(nn.Module):
 
     bias: nn.Parameter | None
     init: str = "default"
+    product: str = "auto"
+    """How inference multiplies: "structured" by the factors, "dense" by the matrix, kept in memory; "auto": `plan`."""
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class StructuredLinear(nn.Module):
         self.out_features = out_features
         self.format = format
         self._cached_dense: tuple[Snapshot, Tensor] | None = None
+        self._plans: dict[tuple[int, str], bool] = {}
         specs = format.factors(out_features, in_features)
         self._factor_names = tuple(specs)
         for name, spec in specs.items():
@@ -173,8 +177,47 @@ class StructuredLinear(nn.Module):
             )
         if not (x.is_floating_point() or x.is_complex()):
             raise IsogridError(f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it")
+        if not self.training and self.product != "structured" and self._multiplies_densely(x):
+            return torch.nn.functional.linear(x, self.dense(), self.bias)
         y = self.format.multiply(self.factors, x, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def plan(self, rows: int) -> str:
+        """How inference multiplies so many rows: "structured" or "dense", by measured times where there are any.
+
+        The dense product keeps the whole matrix in memory (see `memory`). ``layer.product = "structured"`` rules it
+        out, "dense" rules it in.
+        """
+        if self.product != "auto":
+            return self.product
+        like = self.floating_factor()
+        if like.device.type != "cpu":
+            return "structured"
+        label = self.format.label()
+        times = speed_table().times(label, self.out_features, self.in_features, like.dtype, rows)
+        if times is not None:
+            return "dense" if times["dense"] * WIN < times["structured"] else "structured"
+        whole = self.out_features * self.in_features
+        return "dense" if whole < LEAST_SAVING * self.cost().multiply_adds else "structured"
+
+    def replan(self) -> None:
+        """Look the times up again: they have been measured anew."""
+        self._plans = {}
+
+    def _multiplies_densely(self, x: Tensor) -> bool:
+        like = self.floating_factor()
+        if torch.is_grad_enabled() and (x.requires_grad or like.requires_grad):
+            return False
+        if x.dtype != like.dtype or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if hasattr(like, "to_local") or like.is_inference():
+            return False
+        rows = x.shape[:-1].numel()
+        step = max((step for step in ROW_STEPS if step <= rows), default=0)
+        key = (step, self.product)
+        if key not in self._plans:
+            self._plans[key] = self.plan(step) == "dense"
+        return self._plans[key]
 
     def dense(self) -> Tensor:
         """The ``(out, in)`` matrix, differentiable in the factors; gathers sharded factors first."""
@@ -186,10 +229,12 @@ class StructuredLinear(nn.Module):
             return self.format.dense(factors, self.out_features, self.in_features)
         if self.training or torch.compiler.is_compiling():
             return self.format.dense(factors, self.out_features, self.in_features)
-        if torch.is_inference_mode_enabled():  # autograd can't use afterwards what is computed here
+        if any(value.is_inference() for value in factors.values()):  # they don't tell when they change
             return self.format.dense(factors, self.out_features, self.in_features)
         if self._cached_dense is None or not self._cached_dense[0].is_current(self.factors):
-            dense = self.format.dense(factors, self.out_features, self.in_features).detach()
+            # Outside of inference mode: autograd may use afterwards what is computed here.
+            with torch.inference_mode(False), torch.no_grad():
+                dense = self.format.dense(factors, self.out_features, self.in_features).detach()
             self._cached_dense = Snapshot(self.factors), dense
         return self._cached_dense[1]
 
@@ -235,11 +280,11 @@ class StructuredLinear(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredLinear:
-        self._cached_dense = None
+        self._cached_dense, self._plans = None, {}
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cached_dense": None}
+        return self.__dict__ | {"_cached_dense": None, "_plans": {}}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Checkpoints carry an empty tensor under this name, so that readers without Isogrid fail instead of
