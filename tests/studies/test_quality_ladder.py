@@ -29,7 +29,7 @@ def small_subject(*_):
 
 def test_all_rungs_of_a_small_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quality_ladder, "_stories", small_subject)
+    monkeypatch.setattr(quality_ladder, "stories_subject", small_subject)
     said = []
     result = run_quality_ladder(tmp_path / "out", part="stories", quick=True, say=said.append)
     rows = {(row["format"], row["rung"]): row for row in result["rows"]}
@@ -52,7 +52,7 @@ def test_all_rungs_of_a_small_model(tmp_path, monkeypatch):
 
 def test_only_some_formats(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(quality_ladder, "_stories", small_subject)
+    monkeypatch.setattr(quality_ladder, "stories_subject", small_subject)
     monkeypatch.setattr(quality_ladder, "RUNGS", ("plain", "whitened"))
     result = run_quality_ladder(tmp_path, part="stories", methods=["low_rank_light"], quick=True, say=lambda _: None)
     assert [(row["format"], row["rung"]) for row in result["rows"]] == [
@@ -75,7 +75,7 @@ def test_parts_are_what_the_text_says():
 
 def test_the_smallest_model_tells_the_same_stories_every_time():
     try:
-        first, second = (quality_ladder._stories(True, None) for _ in range(2))
+        first, second = (quality_ladder.stories_subject(True, None) for _ in range(2))
     except DatasetNotFoundError:
         pytest.skip("stories260k is not here")
     assert torch.equal(first.calibration, second.calibration)

@@ -1,5 +1,6 @@
 """Reproducible experiments: each runs, tabulates and draws itself."""
 
+from isogrid.studies.advice import run_advice
 from isogrid.studies.image_compression import run_image_compression
 from isogrid.studies.low_rank_emergence import run_low_rank_emergence
 from isogrid.studies.optimizer_memory import run_optimizer_memory
@@ -11,6 +12,7 @@ from isogrid.studies.solver_quality import run_solver_quality
 from isogrid.studies.sst2_finetuning import run_sst2_finetuning
 
 STUDIES = {
+    "advice": run_advice,
     "image_compression": run_image_compression,
     "low_rank_emergence": run_low_rank_emergence,
     "optimizer_memory": run_optimizer_memory,
@@ -24,6 +26,7 @@ STUDIES = {
 
 __all__ = [
     "STUDIES",
+    "run_advice",
     "run_image_compression",
     "run_low_rank_emergence",
     "run_optimizer_memory",

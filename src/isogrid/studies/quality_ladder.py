@@ -163,7 +163,7 @@ def run_quality_ladder(
     each = {"formats": 3, "steps": 16, "stories": 0.15, "auto": 11, "welore": 1.5}[part]
     minutes = each * len(rungs) * (0.2 if quick else 1)
     say(f"{len(rungs)} rows; about {minutes:.0f} minutes on two cores, less for rows that are there already")
-    subject = _stories(quick, data_dir) if part == "stories" else _smollm(quick, data_dir)
+    subject = stories_subject(quick, data_dir) if part == "stories" else _smollm(quick, data_dir)
     settings: dict[str, Any] = {
         "calibration": f"{len(subject.calibration)} windows of {subject.calibration.shape[1]} tokens",
         "evaluation": f"{len(subject.evaluation)} windows of the other half of the articles",
@@ -304,7 +304,7 @@ def _smollm(quick: bool, data_dir: Path | None) -> Subject:
     )
 
 
-def _stories(quick: bool, data_dir: Path | None) -> Subject:
+def stories_subject(quick: bool, data_dir: Path | None) -> Subject:
     """The smallest model writes its calibration and evaluation text itself: the text it was trained on is not here."""
     model, tokenizer = load_stories260k(data_dir)
     told = _told_stories(model, tokenizer.bos_token_id, 24 if quick else 192)
