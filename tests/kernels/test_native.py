@@ -270,3 +270,31 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="/bin/false failed"):
         build.library(say=False)
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(4, 96, 192), (1, 300, 400), (3, 130, 260)], ids=str)
+def test_threads_share_a_single_tile(shape, dtype):
+    k, q, p = shape
+    first, second = gaussian(k, q, p, dtype=dtype), gaussian(q, 260, k, seed=1, dtype=dtype)
+    turned = gaussian(k, 700, q, seed=1, dtype=dtype)
+    x = gaussian(16, k * p, dtype=dtype)
+    coupling = gaussian(k, k, q, dtype=dtype)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(
+                [
+                    one_stage(x, first, in_turn=True),
+                    two_stage(x, first, second, interleave=True),
+                    coupled_stages(x, first, coupling, turned),
+                ]
+            )
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        for found, wanted in zip(others, results[0], strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert_near(results[0][1], two_stage(x.double(), first.double(), second.double(), interleave=True))

@@ -47,8 +47,10 @@ void one_stage(const Tensor& x, const Tensor& w, bool in_turn, bool out_turn, Te
     auto* taken = scratch.take<scalar>(k * in.pitch * tile.stride);
     auto* found = scratch.take<float>(k * q * tile.stride);
     load(from + begin * x.stride(0), x.stride(0), x.size(1), in, k * p, tile, taken);
-    for (int64_t c = 0; c < k; ++c)
-      product(q, p, weights + c * q * p, taken + c * in.pitch * tile.stride, found + c * q * tile.stride, tile);
+    over_blocks(k, q, shares_tile(rows, width, w.numel()), [&](int64_t c, int64_t t, int64_t n) {
+      product(
+          n, p, weights + (c * q + t) * p, taken + c * in.pitch * tile.stride, found + (c * q + t) * tile.stride, tile);
+    });
     store(found, out, to + begin * y.stride(0), y.stride(0), y.size(1), tile);
   });
 }
@@ -67,15 +69,17 @@ void two_stages(const Tensor& x, const Tensor& first, const Tensor& second, bool
     Scratch scratch;
     auto* taken = scratch.take<scalar>(k * in.pitch * tile.stride);
     auto* hidden = scratch.take<float>(k * q * tile.stride);
-    auto* block = scratch.take<scalar>((r + 1) * tile.stride);
     auto* found = scratch.take<float>(l * s * tile.stride);
     load(from + begin * x.stride(0), x.stride(0), x.size(1), in, k * p, tile, taken);
-    for (int64_t c = 0; c < k; ++c)
-      product(q, p, one + c * q * p, taken + c * in.pitch * tile.stride, hidden + c * q * tile.stride, tile);
-    for (int64_t a = 0; a < l; ++a) {  // hidden unit e is number e / l of block e mod l
-      narrow(hidden + a * tile.stride, l * tile.stride, r, tile, block);
-      product(s, r, two + a * s * r, block, found + a * s * tile.stride, tile);
-    }
+    over_blocks(k, q, shares_tile(rows, width, first.numel()), [&](int64_t c, int64_t t, int64_t n) {
+      product(n, p, one + (c * q + t) * p, taken + c * in.pitch * tile.stride, hidden + (c * q + t) * tile.stride, tile);
+    });
+    over_blocks(l, s, shares_tile(rows, width, second.numel()), [&](int64_t a, int64_t sigma, int64_t n) {
+      Scratch inner;
+      auto* block = inner.take<scalar>((r + 1) * tile.stride);
+      narrow(hidden + a * tile.stride, l * tile.stride, r, tile, block);  // hidden unit e: number e / l of block e mod l
+      product(n, r, two + (a * s + sigma) * r, block, found + (a * s + sigma) * tile.stride, tile);
+    });
     store(found, out, to + begin * y.stride(0), y.stride(0), y.size(1), tile);
   });
 }
@@ -96,16 +100,18 @@ void blast_stages(
     auto* taken = scratch.take<scalar>(b * in.pitch * tile.stride);
     auto* hidden = scratch.take<float>(b * r * tile.stride);
     auto* mixed = scratch.take<float>(b * r * tile.stride);
-    auto* block = scratch.take<scalar>((r + 1) * tile.stride);
     auto* found = scratch.take<float>(b * s * tile.stride);
     load(from + begin * x.stride(0), x.stride(0), x.size(1), in, b * p, tile, taken);
-    for (int64_t j = 0; j < b; ++j)
-      product(r, p, one + j * r * p, taken + j * in.pitch * tile.stride, hidden + j * r * tile.stride, tile);
+    over_blocks(b, r, shares_tile(rows, width, right.numel()), [&](int64_t j, int64_t t, int64_t n) {
+      product(n, p, one + (j * r + t) * p, taken + j * in.pitch * tile.stride, hidden + (j * r + t) * tile.stride, tile);
+    });
     mix(b, r, mixing, hidden, mixed, tile);
-    for (int64_t i = 0; i < b; ++i) {
+    over_blocks(b, s, shares_tile(rows, width, left.numel()), [&](int64_t i, int64_t sigma, int64_t n) {
+      Scratch inner;
+      auto* block = inner.take<scalar>((r + 1) * tile.stride);
       narrow(mixed + i * r * tile.stride, tile.stride, r, tile, block);
-      product(s, r, two + i * s * r, block, found + i * s * tile.stride, tile);
-    }
+      product(n, r, two + (i * s + sigma) * r, block, found + (i * s + sigma) * tile.stride, tile);
+    });
     store(found, out, to + begin * y.stride(0), y.stride(0), y.size(1), tile);
   });
 }

@@ -36,15 +36,20 @@ struct Tile {
   explicit Tile(int64_t count) : rows(count), padded((count + kLane - 1) / kLane * kLane), stride(padded + kLane) {}
 };
 
-// Memory of one tile, grown once a thread and used again.
+// Memory of one tile, grown once a thread and used again. One within another takes other pieces.
 class Scratch {
  public:
+  Scratch() : begun_(mine().used) {}
+  ~Scratch() { mine().used = begun_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
   template <typename T>
   T* take(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
     Pool& pool = mine();
-    if (used_ == pool.size()) pool.emplace_back();
-    Piece& piece = pool[used_++];
+    if (pool.used == pool.pieces.size()) pool.pieces.emplace_back();
+    Piece& piece = pool.pieces[pool.used++];
     if (piece.bytes < bytes) {
       piece.memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
       TORCH_CHECK(piece.memory != nullptr, "out of memory for a tile of ", bytes, " bytes");
@@ -61,12 +66,15 @@ class Scratch {
     std::unique_ptr<char, Free> memory;
     size_t bytes = 0;
   };
-  using Pool = std::vector<Piece>;
+  struct Pool {
+    std::vector<Piece> pieces;
+    size_t used = 0;
+  };
   static Pool& mine() {
     thread_local Pool pool;
     return pool;
   }
-  size_t used_ = 0;
+  size_t begun_;
 };
 
 template <typename F>
@@ -74,6 +82,31 @@ void over_tiles(int64_t rows, int64_t width, const F& work) {
   const int64_t tiles = (rows + width - 1) / width;
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) work(t * width, std::min(width, rows - t * width));
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+// Numbers of a stage's weights from which on several threads share a single tile.
+constexpr int64_t kShared = 64 * 1024;
+
+inline bool shares_tile(int64_t rows, int64_t width, int64_t weights) {
+  return rows <= width && weights >= kShared && at::get_num_threads() > 1;
+}
+
+// work(block, first, count) for all rows of all blocks' weights: one block after the other, or shared out.
+template <typename F>
+void over_blocks(int64_t blocks, int64_t size, bool shared, const F& work) {
+  if (!shared) {
+    for (int64_t c = 0; c < blocks; ++c) work(c, 0, size);
+    return;
+  }
+  const int64_t threads = at::get_num_threads(), parts = blocks >= threads ? 1 : (threads + blocks - 1) / blocks;
+  const int64_t each = ((size + parts - 1) / parts + kLane - 1) / kLane * kLane;
+  at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t first = n % parts * each, count = std::min(each, size - first);
+      if (count > 0) work(n / parts, first, count);
+    }
     at::native::cpublas::brgemm_release();
   });
 }
