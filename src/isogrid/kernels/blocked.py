@@ -37,7 +37,7 @@ def one_stage(
     """
     k, q, p = blocks.shape
     features = k * q if features is None else features
-    if native.takes(x, blocks):
+    if x.shape[-1] and native.takes(x, blocks):
         rows = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.isogrid.blocked(rows, blocks, in_turn, out_turn, features)
         return out.view(*x.shape[:-1], features)
@@ -56,14 +56,14 @@ def low_rank_product(x: Tensor, right: Tensor, left: Tensor) -> Tensor:
         right: ``(rank, in)``.
         left: ``(out, rank)``.
     """
-    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and native.takes(x, right, left):
+    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, right, left):
         return two_stage(x, right.unsqueeze(0), left.unsqueeze(0), interleave=False)
     return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left)
 
 
 def dense_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply rows by a dense ``(out, in)`` factor."""
-    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and native.takes(x, weight):
+    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, weight):
         return one_stage(x, weight.unsqueeze(0))
     return torch.nn.functional.linear(x, weight)
 
@@ -87,7 +87,7 @@ def two_stage(x: Tensor, first: Tensor, second: Tensor, *, interleave: bool, fea
     """
     k, _, p = first.shape
     features = second.shape[0] * second.shape[1] if features is None else features
-    if native.takes(x, first, second):
+    if x.shape[-1] and native.takes(x, first, second):
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.isogrid.two_stage(flat, first, second, interleave, features)
         return out.view(*x.shape[:-1], features)
@@ -115,7 +115,7 @@ def coupled_stages(x: Tensor, right: Tensor, coupling: Tensor, left: Tensor, *, 
     """
     b, _, p = right.shape
     features = b * left.shape[1] if features is None else features
-    if native.takes(x, right, coupling, left):
+    if x.shape[-1] and native.takes(x, right, coupling, left):
         flat = x.reshape(-1, x.shape[-1])
         out: Tensor = torch.ops.isogrid.blast(flat, right, coupling, left, features)
         return out.view(*x.shape[:-1], features)
