@@ -21,7 +21,7 @@ from isogrid.compress.calibrate import Moments, evaluation_mode
 from isogrid.compress.curves import Curves
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order
 from isogrid.compress.sensitivity import loss_weights
-from isogrid.compress.welore import allocate_welore
+from isogrid.compress.welore import allocate_welore, chooses_ranks
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric
 from isogrid.formats import Budget, Format, as_format
@@ -244,7 +244,7 @@ def check_allocation(allocate: str, formats: Sequence[Format], calibration: Any)
         raise IsogridError("allocate='global' measures the model on data: give calibration batches or texts")
     if allocate in ("welore", "water_filling") and len(formats) != 1:
         raise IsogridError(f"allocate={allocate!r} chooses ranks of one format; give one, or allocate='global'")
-    if allocate == "water_filling" and formats[0].name not in ("low_rank", "low_rank_light"):
+    if allocate == "water_filling" and not chooses_ranks(formats[0]):
         raise IsogridError(f"water filling chooses ranks of low_rank or low_rank_light, got {formats[0].label()}")
 
 

@@ -98,7 +98,7 @@ def allocate_welore(layers: Mapping[str, nn.Module], fmt: Format, budget: Budget
         IsogridError: the format has no rank.
         BudgetError: even the largest threshold stays above the budget; the message names what can be reached.
     """
-    if fmt.size_field != "rank" or fmt.name not in ("low_rank", "low_rank_light"):
+    if not chooses_ranks(fmt):
         raise IsogridError(f"welore chooses ranks of low_rank or low_rank_light, got {fmt.label()}")
     spectra = analyze_spectra(layers)
 
@@ -123,6 +123,11 @@ def allocate_welore(layers: Mapping[str, nn.Module], fmt: Format, budget: Budget
             f"welore reaches {least} at the least, the budget is {budget}; keep at least {least / dense:.3f}"
         )
     return members(steps[at])
+
+
+def chooses_ranks(fmt: Format) -> bool:
+    """Whether a format's size is the rank of the whole matrix: the singular values tell all its errors."""
+    return fmt.size_field == "rank" and fmt.traits.optimal_under_metric
 
 
 def low_rank_components(model: nn.Module) -> dict[str, StructuredLinear]:

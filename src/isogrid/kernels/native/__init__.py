@@ -6,6 +6,7 @@ Built at the first use. Where they can't be, one warning says why, and the porta
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -77,8 +78,12 @@ def _register_shapes() -> None:
     def sums(y: Tensor, x: Tensor, blocks: int) -> Tensor:
         return x.new_empty(blocks, y.shape[1] // blocks, x.shape[1] // blocks)
 
-    torch.library.register_fake("isogrid::blocked", lambda x, w, in_turn, out_turn, features: rows(x, features))
-    torch.library.register_fake("isogrid::turned", lambda x, w: rows(x, w.shape[0] * w.shape[2]))
-    torch.library.register_fake("isogrid::gram", sums)
-    torch.library.register_fake("isogrid::two_stage", lambda x, first, second, turn, features: rows(x, features))
-    torch.library.register_fake("isogrid::blast", lambda x, right, coupling, left, features: rows(x, features))
+    shapes: dict[str, Callable[..., Tensor]] = {
+        "blocked": lambda x, w, in_turn, out_turn, features: rows(x, features),
+        "turned": lambda x, w: rows(x, w.shape[0] * w.shape[2]),
+        "gram": sums,
+        "two_stage": lambda x, first, second, interleave, features: rows(x, features),
+        "blast": lambda x, right, coupling, left, features: rows(x, features),
+    }
+    for name, shape in shapes.items():
+        torch.library.register_fake(f"isogrid::{name}", shape)
