@@ -5,9 +5,9 @@ Built at the first use. Where they can't be, one warning says why, and the porta
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,23 +18,34 @@ from isogrid.kernels.native.build import library, unsuitable
 # Tensors that are nothing but numbers in memory: no subclass stands between.
 PLAIN: frozenset[type] = frozenset({Tensor, torch.nn.Parameter})
 DTYPES = (torch.float32, torch.bfloat16)
+_LOADING = threading.Lock()
+_found: frozenset[torch.dtype] | None = None
 # How far the trial product of each dtype may be from the true one, relative to it.
 TRUSTED = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-@cache
 def loaded() -> frozenset[torch.dtype]:
     """The dtypes that native products take here; none where there are no native products."""
-    if unsuitable() is not None:
-        return frozenset()
-    try:
-        torch.ops.load_library(str(library()))
-    except OSError as error:
-        warnings.warn(f"no native products, the portable ones are slower: {error}", IsogridWarning, stacklevel=2)
-        return frozenset()
-    _register_shapes()
-    # PyTorch's block products throw on some processors, and on others give garbage: a trial tells.
-    return frozenset(dtype for dtype in DTYPES if _is_right(dtype))
+    found = _found
+    if found is None:
+        with _LOADING:
+            found = _load() if _found is None else _found
+    return found
+
+
+def _load() -> frozenset[torch.dtype]:
+    global _found
+    _found = frozenset()  # also where a warning is made an error: nothing is tried twice
+    if unsuitable() is None:
+        try:
+            torch.ops.load_library(str(library()))
+        except OSError as error:
+            warnings.warn(f"no native products, the portable ones are slower: {error}", IsogridWarning, stacklevel=3)
+            return _found
+        _register_shapes()
+        # PyTorch's block products throw on some processors, and on others give garbage: a trial tells.
+        _found = frozenset(dtype for dtype in DTYPES if _is_right(dtype))
+    return _found
 
 
 def takes(x: Tensor, *factors: Tensor) -> bool:
