@@ -97,6 +97,7 @@ def run_layer_speed(
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "data.json")
     replace_file(out / "table.md", _markdown(result).encode())
+    replace_file(out / "command.txt", f"{command}\n".encode())
     save_figure(_heat_map(rows), out / "efficiency.png")
     return result
 
@@ -279,7 +280,12 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _markdown(result: Mapping[str, Any]) -> str:
-    lines = [f"# {result['title']}", "", f"`{result['command']}` · {result['machine']} · {result['settings']}", ""]
+    machine, settings = result["machine"], result["settings"]
+    lines = [f"# {result['title']}", ""]
+    lines += [
+        f"`{result['command']}` · {machine['cpu']} · {settings['threads']} threads · torch {machine['torch']}",
+        "",
+    ]
     heads = list(result["summaries"][0]) if result["summaries"] else []
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in result["summaries"]:

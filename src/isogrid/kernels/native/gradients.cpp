@@ -190,7 +190,7 @@ bool differentiates(std::initializer_list<const Tensor*> tensors) {
 }
 
 Tensor turned_autograd(const Tensor& x, const Tensor& w) {
-  if (differentiates({&x, &w})) return Turned::apply(x, w);
+  if (differentiates({&x, &w})) return Turned::apply(x, w.contiguous());
   at::AutoDispatchBelowADInplaceOrView below;
   return turned(x, w);
 }
@@ -202,21 +202,23 @@ Tensor gram_autograd(const Tensor& y, const Tensor& x, int64_t blocks) {
 }
 
 Tensor blocked_autograd(const Tensor& x, const Tensor& w, bool in_turn, bool out_turn, int64_t features) {
-  if (differentiates({&x, &w})) return Blocked::apply(x, w, in_turn, out_turn, features);
+  if (differentiates({&x, &w})) return Blocked::apply(x, w.contiguous(), in_turn, out_turn, features);
   at::AutoDispatchBelowADInplaceOrView below;
   return blocked(x, w, in_turn, out_turn, features);
 }
 
 Tensor two_stage_autograd(
     const Tensor& x, const Tensor& first, const Tensor& second, bool interleave, int64_t features) {
-  if (differentiates({&x, &first, &second})) return TwoStage::apply(x, first, second, interleave, features);
+  if (differentiates({&x, &first, &second}))  // turned once, for both ways
+    return TwoStage::apply(x, first.contiguous(), second.contiguous(), interleave, features);
   at::AutoDispatchBelowADInplaceOrView below;
   return two_stage(x, first, second, interleave, features);
 }
 
 Tensor blast_autograd(
     const Tensor& x, const Tensor& right, const Tensor& coupling, const Tensor& left, int64_t features) {
-  if (differentiates({&x, &right, &coupling, &left})) return BlastProduct::apply(x, right, coupling, left, features);
+  if (differentiates({&x, &right, &coupling, &left}))
+    return BlastProduct::apply(x, right.contiguous(), coupling, left.contiguous(), features);
   at::AutoDispatchBelowADInplaceOrView below;
   return blast(x, right, coupling, left, features);
 }
