@@ -60,6 +60,7 @@ def run_advice(
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "data.json")
     replace_file(out / "table.md", _markdown(result).encode())
+    replace_file(out / "command.txt", f"{command}\n".encode())
     return result
 
 
