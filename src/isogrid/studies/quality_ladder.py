@@ -143,9 +143,10 @@ def run_quality_ladder(
         out: folder; the part's table is written to ``out/part``. Rows are kept in ``runs`` and not measured again.
         part: "formats", the first three rungs of the formats at 0.6; "steps", the last rungs of Light at 0.6 beside
             the published recipe; "stories", every format over all rungs on the smallest model; "auto", a format for
-            each layer beside each format for all; "welore", WeLore's threshold beside equal ratios.
+            each layer beside each format for all, there too; "welore", WeLore's threshold beside equal ratios.
         methods: only these formats, and the published recipe.
-        full: all formats, and for "steps" the best four at 0.8 and 0.6, and Light at 0.4: several hours.
+        full: all formats, "auto" on the larger model, and for "steps" the best four at 0.8 and 0.6, and Light at 0.4:
+            several hours.
         quick: few windows and formats.
         seed: of fits and training.
         data_dir: where WikiText-2 is looked up first.
@@ -160,10 +161,11 @@ def run_quality_ladder(
     if unknown:
         raise IsogridError(f"{part} has no row of {unknown[0]!r}; it has {', '.join({one.format: 0 for one in rungs})}")
     rungs = [one for one in rungs if not methods or one.format in methods or one.rung == RECIPE]
-    each = {"formats": 3, "steps": 16, "stories": 0.15, "auto": 11, "welore": 1.5}[part]
+    each = {"formats": 3, "steps": 16, "stories": 0.15, "auto": 11 if full else 2, "welore": 1.5}[part]
     minutes = each * len(rungs) * (0.2 if quick else 1)
     say(f"{len(rungs)} rows; about {minutes:.0f} minutes on two cores, less for rows that are there already")
-    subject = stories_subject(quick, data_dir) if part == "stories" else _smollm(quick, data_dir)
+    small = part == "stories" or (part == "auto" and not full)
+    subject = stories_subject(quick, data_dir) if small else _smollm(quick, data_dir)
     settings: dict[str, Any] = {
         "calibration": f"{len(subject.calibration)} windows of {subject.calibration.shape[1]} tokens",
         "evaluation": f"{len(subject.evaluation)} windows of the other half of the articles",
@@ -173,7 +175,7 @@ def run_quality_ladder(
         "distillation": _spelled(subject.distillation),
         "seed": seed,
     }
-    if part == "stories":
+    if small:
         settings["evaluation"] = f"{len(subject.evaluation)} other stories that the model tells"
     runs = Path("runs/study/quality_ladder") / part
     moments: Moments | None = None
