@@ -269,7 +269,7 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("ISOGRID_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "compiler", lambda: "/bin/false")
     with pytest.raises(OSError, match="/bin/false failed"):
-        build.library(say=False)
+        build.shared_object(say=False)
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 from isogrid.errors import IsogridWarning
-from isogrid.kernels.native.build import library, unsuitable
+from isogrid.kernels.native.build import shared_object, unsuitable
 
 # Tensors that are nothing but numbers in memory: no subclass stands between.
 PLAIN: frozenset[type] = frozenset({Tensor, torch.nn.Parameter})
@@ -38,7 +39,7 @@ def _load() -> frozenset[torch.dtype]:
     _found = frozenset()  # also where a warning is made an error: nothing is tried twice
     if unsuitable() is None:
         try:
-            torch.ops.load_library(str(library()))
+            torch.ops.load_library(str(shared_object()))
         except OSError as error:
             warnings.warn(f"no native products, the portable ones are slower: {error}", IsogridWarning, stacklevel=3)
             return _found
@@ -97,4 +98,4 @@ def _register_shapes() -> None:
         "blast": lambda x, right, coupling, left, features: rows(x, features),
     }
     for name, shape in shapes.items():
-        torch.library.register_fake(f"isogrid::{name}", shape)
+        register_fake(f"isogrid::{name}", shape)

@@ -53,7 +53,7 @@ def compiler() -> str | None:
     return None
 
 
-def library(say: bool = True) -> Path:
+def shared_object(say: bool = True) -> Path:
     """The shared library for this torch, compiler and source; built when it isn't there yet.
 
     Raises:
