@@ -21,7 +21,18 @@ SOURCES = ("blocked.cpp", "gradients.cpp")
 HEADERS = ("few.h", "tiles.h", "turned.h")
 # Every processor that has the first has the others but the oldest ones; all are asked for at run time.
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
-FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-mavx512f",
+    "-mavx512bw",
+    "-mavx512vl",
+    "-mavx512dq",
+    "-mfma",
+)
 
 
 def cache_folder() -> Path:
@@ -85,6 +96,8 @@ def _build(tool: str, folder: Path, place: Path) -> None:
         built = Path(scratch) / place.name
         command = [tool, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(built)]
         command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-L{root / 'lib'}"]
+        # Before the compiler's own: torch's OpenMP, whose threads are there already.
+        command += ["-Wl,--as-needed", *map(str, sorted((root / "lib").glob("libgomp*.so*")))]
         command += ["-ltorch_cpu", "-ltorch", "-lc10"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
