@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.library import register_fake
+from torch import Tensor, library
 
 from isogrid.errors import IsogridWarning
 from isogrid.kernels.native.build import shared_object, unsuitable
@@ -98,4 +97,4 @@ def _register_shapes() -> None:
         "blast": lambda x, right, coupling, left, features: rows(x, features),
     }
     for name, shape in shapes.items():
-        register_fake(f"isogrid::{name}", shape)
+        library.register_fake(f"isogrid::{name}", shape)
