@@ -65,9 +65,10 @@ def test_only_some_formats(tmp_path, monkeypatch):
 def test_parts_are_what_the_text_says():
     assert {one.rung for one in rungs_of("formats", full=True, quick=False)} == set(RUNGS[:3])
     assert len({one.format for one in rungs_of("formats", full=True, quick=False)}) == 10
-    steps = rungs_of("steps", full=True, quick=False)
-    assert {one.keep for one in steps} == {0.4, 0.6, 0.8}
+    steps = rungs_of("steps", full=True, quick=False, keep=0.8)
+    assert {one.keep for one in steps} == {0.8}
     assert Rung("low_rank", 0.8, RECIPE) in steps
+    assert Rung("low_rank", 0.8, "whitened") in steps
     assert len({one.key for one in steps}) == len(steps)
     with pytest.raises(IsogridError, match="parts formats, steps, stories, auto, welore"):
         rungs_of("all", full=False, quick=False)

@@ -20,7 +20,7 @@ def study_options(name: str, study: Callable[..., Any], given: Mapping[str, Any]
     Raises:
         IsogridError: the study takes no such option.
     """
-    wanted = {key: value for key, value in given.items() if value}
+    wanted = {key: value for key, value in given.items() if value is not None and value is not False}
     known = inspect.signature(study).parameters
     for key in wanted:
         if key not in known:

@@ -22,8 +22,9 @@ def study(
     seed: Seed = 0,
     quick: Quick = False,
     part: Annotated[
-        str | None, typer.Option(help="Of a study with parts; quality_ladder: formats, steps, stories.")
+        str | None, typer.Option(help="Of a study with parts; quality_ladder: formats, steps, stories, auto, welore.")
     ] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the parameters kept, of quality_ladder.")] = None,
     full: Annotated[bool, typer.Option(help="The long setting of a study that has one.")] = False,
     method: Annotated[list[str] | None, typer.Option(help="A method of the study; repeatable.")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="A rank of the study; repeatable.")] = None,
@@ -40,7 +41,7 @@ def study(
     def say(message: str) -> None:
         notes.print(plain(message), highlight=False, soft_wrap=True)
 
-    given = {"part": part, "full": full, "methods": method, "ranks": rank, "imdb": imdb}
+    given = {"part": part, "keep": keep, "full": full, "methods": method, "ranks": rank, "imdb": imdb}
     chosen = study_options(name, STUDIES[name], given)
     target = out or Path("results/study") / name
     result = STUDIES[name](target, quick=quick, seed=seed, data_dir=data, command=command_line(), say=say, **chosen)

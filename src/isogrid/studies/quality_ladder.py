@@ -60,6 +60,7 @@ FIRST = ("low_rank", "low_rank_light", "blast", "monarch", "block_tensor_train",
 # Half-way between the layers' own matrices and the original outputs: as good on the calibration's own domain as all the
 # way, and better on others.
 ANCHOR = 0.5
+KEEP = 0.6
 FAST = {"monarch": {"sweeps": 2}, "block_tensor_train": {"sweeps": 2}}
 
 
@@ -95,8 +96,8 @@ class Subject:
     distillation: Distillation
 
 
-def rungs_of(part: str, *, full: bool, quick: bool) -> list[Rung]:
-    """The rows of a part, in the order they are measured.
+def rungs_of(part: str, *, full: bool, quick: bool, keep: float = KEEP) -> list[Rung]:
+    """The rows of a part at a size, in the order they are measured.
 
     Raises:
         IsogridError: unknown part.
@@ -104,21 +105,17 @@ def rungs_of(part: str, *, full: bool, quick: bool) -> list[Rung]:
     every = tuple(name for name in NAMES if name != "auto")
     if part == "formats":
         names = every if full else FIRST[:2] if quick else FIRST
-        return [Rung(name, 0.6, rung) for name in names for rung in RUNGS[:3]]
+        return [Rung(name, keep, rung) for name in names for rung in RUNGS[:3]]
     if part == "steps":
-        small = [Rung("low_rank_light", 0.6, rung) for rung in RUNGS[3:]] + [Rung("low_rank", 0.6, RECIPE)]
-        if not full:
-            return small
-        best = ("low_rank_light", "low_rank", "blast", "block_dense")
-        rows = [Rung(name, keep, rung) for keep in (0.6, 0.8) for name in best for rung in RUNGS[3:]]
-        rows += [Rung("low_rank", keep, RECIPE) for keep in (0.6, 0.8)]
-        return rows + [Rung("low_rank_light", 0.4, rung) for rung in RUNGS[3:]]
+        names = ("low_rank_light", *(("low_rank", "blast", "block_dense") if full else ()))
+        uniform = [Rung(name, keep, "whitened") for name in FIRST[:2]] + [Rung("low_rank", keep, RECIPE)]
+        return uniform + [Rung(name, keep, rung) for name in names for rung in RUNGS[3:]]
     if part == "stories":
-        return [Rung(name, 0.6, rung) for name in (FIRST[:2] if quick else every) for rung in RUNGS] + [
-            Rung("low_rank", 0.6, RECIPE)
+        return [Rung(name, keep, rung) for name in (FIRST[:2] if quick else every) for rung in RUNGS] + [
+            Rung("low_rank", keep, RECIPE)
         ]
     if part == "auto":
-        return [Rung(name, 0.6, ALLOCATED) for name in ("auto", *AUTO)]
+        return [Rung(name, keep, ALLOCATED) for name in ("auto", *AUTO)]
     if part == "welore":
         names = ("low_rank", "low_rank_light") if full else ("low_rank_light",)
         return [Rung(name, keep, rung) for name in names for keep in (0.9, 0.8, 0.7, 0.6) for rung in WELORE]
@@ -130,6 +127,7 @@ def run_quality_ladder(
     *,
     part: str = "formats",
     methods: Sequence[str] = (),
+    keep: float | None = None,
     full: bool = False,
     quick: bool = False,
     seed: int = 0,
@@ -140,13 +138,14 @@ def run_quality_ladder(
     """One part of the ladder.
 
     Args:
-        out: folder; the part's table is written to ``out/part``. Rows are kept in ``runs`` and not measured again.
-        part: "formats", the first three rungs of the formats at 0.6; "steps", the last rungs of Light at 0.6 beside
+        out: folder; the part's table is written to ``out/part``, at another size than 0.6 to ``out/part-0.8``. Rows
+            are kept in ``runs`` and not measured again.
+        part: "formats", the first three rungs of the formats; "steps", the last rungs of Light beside equal ratios and
             the published recipe; "stories", every format over all rungs on the smallest model; "auto", a format for
             each layer beside each format for all, there too; "welore", WeLore's threshold beside equal ratios.
         methods: only these formats, and the published recipe.
-        full: all formats, "auto" on the larger model, and for "steps" the best four at 0.8 and 0.6, and Light at 0.4:
-            several hours.
+        keep: share of the parameters kept, 0.6 by default; "welore" has sizes of its own.
+        full: all formats, "auto" on the larger model, and the best four for "steps": several hours.
         quick: few windows and formats.
         seed: of fits and training.
         data_dir: where WikiText-2 is looked up first.
@@ -156,12 +155,14 @@ def run_quality_ladder(
     Returns:
         The data of the table.
     """
-    rungs = rungs_of(part, full=full, quick=quick)
+    if keep is not None and part == "welore":
+        raise IsogridError(f"welore has sizes of its own, got keep={keep:g}; leave it out")
+    rungs = rungs_of(part, full=full, quick=quick, keep=KEEP if keep is None else keep)
     unknown = sorted({*methods} - {one.format for one in rungs})
     if unknown:
         raise IsogridError(f"{part} has no row of {unknown[0]!r}; it has {', '.join({one.format: 0 for one in rungs})}")
     rungs = [one for one in rungs if not methods or one.format in methods or one.rung == RECIPE]
-    each = {"formats": 3, "steps": 16, "stories": 0.15, "auto": 11 if full else 2, "welore": 1.5}[part]
+    each = {"formats": 3, "steps": 10, "stories": 0.15, "auto": 11 if full else 2, "welore": 1.5}[part]
     minutes = each * len(rungs) * (0.2 if quick else 1)
     say(f"{len(rungs)} rows; about {minutes:.0f} minutes on two cores, less for rows that are there already")
     small = part == "stories" or (part == "auto" and not full)
@@ -266,10 +267,25 @@ def run_quality_ladder(
             "trains block by block; distillation the whole model.",
             "The published recipe: low rank on the original inputs, equal ratios, the same refinement.",
             "Perplexities can't be compared with published ones.",
+            *_of_uniform(rows),
         ],
     }
-    write_report(result, out / part)
+    write_report(result, out / (part if keep in (None, KEEP) else f"{part}-{keep:g}"))
     return result
+
+
+def _of_uniform(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The gap of the best row, as a part of those it is to beat."""
+    best = min(rows, key=lambda row: row["gap"])
+    beaten = [row for row in rows if row["rung"] in ("whitened", RECIPE) and row["format"] in FIRST[:2]]
+    if best in beaten:
+        return []
+    parts = [
+        f"{best['gap'] / row['gap']:.2f} of {row['label']}" + ("" if row["rung"] == RECIPE else f", {row['rung']}")
+        for row in beaten
+        if row["gap"] > 0
+    ]
+    return [f"The least gap, {best['gap']:.3f} ({best['label']}, {best['rung']}): {'; '.join(parts)}."] if parts else []
 
 
 def _arguments(one: Rung, subject: Subject, moments: Moments | None) -> dict[str, Any]:
