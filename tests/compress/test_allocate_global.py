@@ -251,7 +251,7 @@ def test_curves_of_a_kind_come_from_its_samples():
         block[0].weight.data = torch.randn(24, 24, generator=source, dtype=F64) @ decay
     layers = {f"{place}.0": block[0] for place, block in enumerate(blocks)}
     assert len(sampled(layers)) == 2
-    curves = Curves(layers, [Monarch(4)], Budget(parameters=0))
+    curves = Curves(layers, [Monarch(4)])
     for name in layers:
         curves.visit(name, None)
     for name, layer in layers.items():

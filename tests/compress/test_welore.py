@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Monarch, compress, select_layers
+from isogrid.compress.prices import StoredPrices
 from isogrid.compress.welore import (
     RankChoice,
     allocate_welore,
@@ -22,7 +23,7 @@ from isogrid.compress.welore import (
     normalised,
     threshold_for_reduction,
 )
-from isogrid.formats import Budget, Dense
+from isogrid.formats import Dense
 from tests import models
 
 F64 = torch.float64
@@ -102,8 +103,8 @@ def test_a_models_categories_are_the_rules(fmt):
     layers = select_layers(model)
     spectra = analyze_spectra(layers)
     total = sum(one.weight.numel() for one in layers.values())
-    limit = Budget(parameters=round(0.7 * total))
-    members = allocate_welore(layers, fmt, limit)
+    limit = round(0.7 * total)
+    members = allocate_welore(layers, fmt, StoredPrices(layers), limit)
     # Some threshold gives just these, and the next smaller one is over the budget.
     pooled = torch.unique(torch.cat([normalised(one) for one in spectra.values()]))
 
@@ -117,8 +118,8 @@ def test_a_models_categories_are_the_rules(fmt):
         return sum(one.cost(*layers[name].weight.shape).parameters for name, one in found.items())
 
     at = next(k for k in [0.0, *pooled.tolist()] if under(k) == members)
-    assert cost(members) <= limit.limit
-    assert at == 0 or cost(under(float(pooled[pooled < at][-1]))) > limit.limit
+    assert cost(members) <= limit
+    assert at == 0 or cost(under(float(pooled[pooled < at][-1]))) > limit
     report = compress(model, fmt, keep=0.7, allocate="welore")
     assert {layer.name: layer.format for layer in report.layers} == members
     assert low_rank_components(model).keys() == {name for name, one in members.items() if one != Dense()}

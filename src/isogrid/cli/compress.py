@@ -30,6 +30,11 @@ def compress(
     max_bytes: Annotated[
         int | None, typer.Option("--bytes", min=1, help="Instead of --keep: bytes of the selected matrices together.")
     ] = None,
+    milliseconds: Annotated[
+        float | None,
+        typer.Option(help="Instead of --keep: how long a pass of the whole model may take on this machine."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="With --milliseconds: tokens of that pass.")] = 512,
     calibrate: Annotated[
         str | None, typer.Option(help="Calibration: wikitext2:calibration, pydoc, sts:train, photographs, a text file.")
     ] = None,
@@ -76,8 +81,8 @@ def compress(
     """Rewrite a model's matrices in a format and save it in Hugging Face form."""
     from isogrid import compress as compress_model
     from isogrid.checkpoint import check_place, save
-    from isogrid.cli.source import calibration_data, open_model, widest_dtype
-    from isogrid.compress import Recipe, allocate_uniform, as_candidates, estimate_seconds, select_layers
+    from isogrid.cli.source import calibration_data, open_model, timed_inputs, widest_dtype
+    from isogrid.compress import Milliseconds, Recipe, allocate_uniform, as_candidates, estimate_seconds, select_layers
     from isogrid.evaluation import peak_memory_bytes
     from isogrid.formats import Budget
     from isogrid.report import format_bytes, format_duration, progress, read_json, write_json
@@ -98,7 +103,11 @@ def compress(
         raise IsogridError(f"--out {out} is the model itself; give another folder")
     loaded, tokenizer = open_model(model, dtype=dtype)
     layers = select_layers(loaded, select, skip or ())
-    budget = None
+    budget: Budget | Milliseconds | None = None
+    if milliseconds is not None:
+        if max_bytes is not None or followed is not None:
+            raise IsogridError("--milliseconds, --bytes and --recipe are budgets: give one of them")
+        budget = Milliseconds(milliseconds, timed_inputs(loaded, rows))
     if max_bytes is not None:
         budget = Budget(bytes=max_bytes, dtype=widest_dtype(loaded))
     calibration: Any = None

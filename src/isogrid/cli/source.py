@@ -87,6 +87,16 @@ def widest_dtype(model: Any) -> Any:
     return max({value.dtype for value in model.parameters()}, key=lambda dtype: dtype.itemsize)
 
 
+def timed_inputs(model: Any, tokens: int) -> Any:
+    """One window of tokens for a model that takes tokens; None for others: a row of their calibration data is timed."""
+    import torch
+
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        return None
+    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+
 def is_language_model(model: Any) -> bool:
     """Whether the model predicts next tokens."""
     return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))

@@ -5,6 +5,7 @@ from isogrid.compress.allocate import allocate_uniform
 from isogrid.compress.calibrate import Moments, as_batches, collect_moments
 from isogrid.compress.distill import Distillation, distill
 from isogrid.compress.estimate import estimate_seconds
+from isogrid.compress.milliseconds import Milliseconds
 from isogrid.compress.pipeline import AUTO, as_candidates, compress
 from isogrid.compress.plan import Plan
 from isogrid.compress.recipes import EFFORTS, Effort, Prediction, Recipe
@@ -29,6 +30,7 @@ __all__ = [
     "Distillation",
     "Effort",
     "LayerReport",
+    "Milliseconds",
     "Moments",
     "Plan",
     "Prediction",

@@ -24,6 +24,7 @@ from isogrid.compress.calibrate import as_batches, evaluation_mode, forward_call
 from isogrid.compress.distill import distance, original_view
 from isogrid.compress.pipeline import AUTO, as_candidates, compress
 from isogrid.compress.plan import Plan, Survey
+from isogrid.compress.prices import StoredPrices
 from isogrid.compress.recipes import EFFORTS, Effort, Prediction, Recipe
 from isogrid.compress.select import select_layers
 from isogrid.compress.stand_ins import StandIn, standing_in
@@ -82,7 +83,6 @@ class Advisor:
     ) -> None:
         self._model, self._efforts, self._seed, self._say = model, tuple(efforts), seed, say
         self._formats = as_candidates([as_format(one) for one in formats])
-        self._unit = unit or Budget(parameters=0)
         self._layers = select_layers(model, select, skip)
         self._batches = as_batches(calibration, tokenizer, length, training=True)
         if len(self._batches) < 2:
@@ -95,7 +95,8 @@ class Advisor:
         self._points: list[tuple[float, float]] = []
         begun = time.perf_counter()
         say(f"surveying {len(self._layers)} layers in {len(self._formats)} formats")
-        self._survey = Survey(self._layers, self._formats, self._unit).measure(model, known, self._also)
+        self._survey = Survey(self._layers, self._formats, StoredPrices(self._layers, unit))
+        self._survey.measure(model, known, self._also)
         self._survey.weigh(model, known, seed)
         self._survey_seconds = time.perf_counter() - begun
         self._dense_loss = self._measured(model)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.prices import Prices, StoredPrices
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.formats import Budget, Dense, Format
-from isogrid.linear import linear_matrix
+from isogrid.formats import Format
 
 # Costs are rounded up to this part of the budget in the exact choice; what that leaves over is spent afterwards.
 RESOLUTION = 50_000
@@ -25,7 +25,7 @@ class Option:
 
     Attributes:
         format: the member.
-        cost: its parameters, or bytes.
+        cost: its parameters, bytes or nanoseconds.
         error: what it adds to the model's loss, in one unit for all layers.
     """
 
@@ -35,7 +35,7 @@ class Option:
 
 
 def allocate_uniform(
-    layers: Mapping[str, nn.Module], fmt: Format, keep: float, unit: Budget | None = None
+    layers: Mapping[str, nn.Module], fmt: Format, keep: float, prices: Prices | None = None
 ) -> dict[str, Format]:
     """Every layer the same fraction of its dense cost: the format's largest member within it.
 
@@ -43,24 +43,15 @@ def allocate_uniform(
         layers: name to dense layer.
         fmt: its size open.
         keep: fraction in (0, 1).
-        unit: a budget whose unit costs are counted in; None: parameters.
+        prices: what costs are counted in; None: parameters.
 
     Raises:
         IsogridError: keep outside (0, 1).
         BudgetError: a layer has no member that small; names the layer.
     """
     check_keep(keep)
-    unit = unit or Budget(parameters=0)
-    sized: dict[str, Format] = {}
-    for name, module in layers.items():
-        out_features, in_features = linear_matrix(module).shape
-        # A hair of slack keeps exact fractions exact, as in `Budget.keep`.
-        limit = unit.with_limit(math.floor(keep * dense_cost(module, unit) * (1 + 1e-12)))
-        try:
-            sized[name] = fmt.sized(out_features, in_features, limit)
-        except BudgetError as error:
-            raise BudgetError(f"layer {name!r}: {error}; or skip the layer") from None
-    return sized
+    prices = prices or StoredPrices(layers)
+    return {name: prices.within(name, fmt, prices.share_of(name, keep)) for name in layers}
 
 
 def water_fill(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -185,12 +176,6 @@ def _spend_rest(chosen: dict[str, Option], options: Mapping[str, Sequence[Option
         _, name, option = max(upgrades, key=lambda upgrade: upgrade[0])
         left -= option.cost - chosen[name].cost
         chosen[name] = option
-
-
-def dense_cost(module: nn.Module, unit: Budget) -> int:
-    """What a linear layer's own matrix takes, in a budget's unit."""
-    out_features, in_features = linear_matrix(module).shape
-    return unit.amount(Dense().cost(out_features, in_features, unit.dtype))
 
 
 def check_keep(keep: float) -> None:

@@ -14,10 +14,10 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from isogrid.compress.allocate import Option
+from isogrid.compress.prices import Prices, StoredPrices
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import Metric, rank_errors, squared_norm, widened
 from isogrid.formats import Budget, Dense, Format
@@ -27,8 +27,6 @@ from isogrid.linear import linear_matrix
 PROBES = (0.2, 0.4, 0.6, 0.8)
 # Sizes that such a format offers the choice.
 OFFERED = tuple(0.05 * step for step in range(2, 19))
-# At most so many members of a closed curve: neighbouring ranks tell the choice nothing that their neighbours don't.
-MEMBERS = 128
 # Layers of a kind that are fitted: all of few, else so many.
 SAMPLES_OF_A_KIND, FEW = 2, 4
 
@@ -65,13 +63,15 @@ class Curves:
     Args:
         layers: name to dense layer.
         formats: the formats that may be chosen from, sizes open.
-        budget: unit in which costs are counted.
+        prices: what costs are counted in; None: parameters.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], formats: Sequence[Format], budget: Budget) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], formats: Sequence[Format], prices: Prices | None = None
+    ) -> None:
         self._layers = layers
         self._formats = formats
-        self._budget = budget
+        self._prices = prices or StoredPrices(layers)
         self._closed: dict[str, dict[Format, list[Option]]] = {}
         self._references: dict[str, _Reference] = {}
         # By format and kind: the probed layers' (share, log ratio to Light) by name.
@@ -81,15 +81,16 @@ class Curves:
     def visit(self, name: str, metric: Metric | None) -> None:
         """Measure one layer."""
         matrix = linear_matrix(self._layers[name]).detach()
-        out_features, in_features = matrix.shape
         found: dict[Format, list[Option]] = {}
         for fmt in self._formats:
             spectrum = fmt.error_curve(widened(matrix), metric)
             if spectrum is not None:
-                step = -(-len(spectrum) // MEMBERS)
+                step = -(-len(spectrum) // self._prices.sizes)
+                if len(spectrum) >= 8 * self._prices.multiple:
+                    step = self._prices.multiple * -(-step // self._prices.multiple)
                 sizes = range(step, len(spectrum) + 1, step)
                 members = [(fmt.with_size(size), spectrum[size - 1]) for size in sizes]
-                found[fmt] = [Option(one, self._cost(one, out_features, in_features), error) for one, error in members]
+                found[fmt] = [Option(one, self._prices.of(name, one), error) for one, error in members]
                 continue
             if name not in self._references:
                 self._references[name] = _Reference.of(matrix, metric)
@@ -103,7 +104,7 @@ class Curves:
 
         Args:
             name: of the layer.
-            least: no member of fewer than this share of the layer's dense parameters, if there is a larger one: errors
+            least: no member of less than this share of the layer's dense cost, if there is a larger one: errors
                 of very small members are beyond what a quadratic loss can tell (fitting theory 5.3).
             formats: only these; None: all.
 
@@ -113,12 +114,11 @@ class Curves:
         if name not in self._closed:
             raise IsogridError(f"layer {name!r} has not been measured")
         matrix = linear_matrix(self._layers[name])
-        out_features, in_features = matrix.shape
         found: list[Option] = []
         for fmt in self._formats if formats is None else formats:
             closed = self._closed[name].get(fmt)
             found += self._scaled(fmt, name, matrix) if closed is None else closed
-        dense = Option(Dense(), self._cost(Dense(), out_features, in_features), 0.0)
+        dense = Option(Dense(), self._prices.dense(name), 0.0)
         smaller = sorted((one for one in found if one.cost < dense.cost), key=lambda one: one.cost)
         allowed = [one for one in smaller if one.cost >= least * dense.cost] or smaller[-1:]
         return [*allowed, dense]
@@ -156,10 +156,7 @@ class Curves:
             parameters = member.cost(out_features, in_features).parameters
             ratio = sum(_interpolated(table, parameters / matrix.numel()) for table in tables) / len(tables)
             error = self._references[name].at(parameters) * math.exp(ratio)
-            yield Option(member, self._cost(member, out_features, in_features), error)
-
-    def _cost(self, member: Format, out_features: int, in_features: int) -> int:
-        return self._budget.amount(member.cost(out_features, in_features, self._budget.dtype))
+            yield Option(member, self._prices.of(name, member), error)
 
 
 def kind(name: str, matrix: Tensor) -> str:
@@ -208,6 +205,6 @@ def error_curve(fmt: Format, matrix: Tensor, metric: Metric | None, least: float
     """
     layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(matrix.detach(), requires_grad=False)
-    curves = Curves({"": layer}, [fmt], Budget(parameters=0, dtype=torch.float32))
+    curves = Curves({"": layer}, [fmt])
     curves.visit("", metric)
     return curves.of("", least)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 import warnings
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.checkpoint import mark_structured
-from isogrid.compress.allocate import check_keep, dense_cost, refuse_explicit_sizes
+from isogrid.compress.allocate import check_keep, refuse_explicit_sizes
 from isogrid.compress.blockwise import ByBlocks
 from isogrid.compress.calibrate import Moments, as_batches, evaluation_mode
 from isogrid.compress.distill import Distillation, original_view
 from isogrid.compress.distill import distill as distill_model
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order, fit_layer
+from isogrid.compress.milliseconds import Milliseconds, TimedPrices, measured_beside_dense
 from isogrid.compress.plan import Plan, check_allocation, plan
+from isogrid.compress.prices import Prices, StoredPrices
 from isogrid.compress.progress import Progress, fingerprint
 from isogrid.compress.refine import OnBlock, Refinement
 from isogrid.compress.select import select_layers
@@ -42,7 +45,7 @@ def compress(
     format: Format | str | Mapping[str, Any] | Iterable[Any] | Plan,
     *,
     keep: float = 0.5,
-    budget: Budget | None = None,
+    budget: Budget | Milliseconds | None = None,
     calibration: Any = None,
     tokenizer: Any = None,
     length: int = 512,
@@ -68,7 +71,8 @@ def compress(
             Several of these, or "auto" (`AUTO`): the best for each layer is chosen. Or a `Plan` made before (see
             `advise`), which says what each layer gets; then ``keep``, ``budget`` and ``allocate`` don't count.
         keep: fraction in (0, 1) of the selected dense parameters.
-        budget: instead of ``keep``, parameters or bytes for all selected matrices together.
+        budget: instead of ``keep``, parameters or bytes for all selected matrices together, or `Milliseconds` for a
+            pass of the whole model on this machine.
         calibration: None for plain fits of the matrices; else data on which to keep the layers' *outputs* (batches,
             a tensor of token windows, texts: see `as_batches`), or `Moments` measured before. With data, layers are
             fitted in order.
@@ -126,15 +130,32 @@ def compress(
     distillation = Distillation(minutes=distill) if isinstance(distill, int | float) else distill
     trains = refinement is not None or distillation is not None
     layers = select_layers(model, select, skip)
-    limit, share = _budget(layers, keep, budget) if given is None else given.spent(layers)
     for name, module in layers.items():
         _check_weight(name, module)
     if not (calibration is None or isinstance(calibration, Moments)):
         calibration = as_batches(calibration, tokenizer, length, training=trains)
-    chosen = given or plan(model, layers, formats, limit, share, allocate=allocate, calibration=calibration, seed=seed)
+    timed: TimedPrices | None = None
+    if given is not None:
+        chosen, share = given, given.spent(layers)[1]
+    else:
+        prices: Prices
+        if isinstance(budget, Milliseconds):
+            batches = calibration if isinstance(calibration, list) else None
+            prices = timed = TimedPrices(model, layers, budget, batches)
+            limit, share = timed.limit(budget)
+        else:
+            prices = StoredPrices(layers, budget)
+            limit, share = _limit(prices, keep, budget)
+        chosen = plan(
+            model, layers, formats, prices, limit, share, allocate=allocate, calibration=calibration, seed=seed
+        )
+        if timed is not None:
+            chosen = dataclasses.replace(chosen, milliseconds=timed.predicted(chosen.members))
+            share = chosen.spent(layers)[1]
     report = CompressionReport(
         formats,
         share,
+        predicted_milliseconds=chosen.milliseconds,
         allocation=chosen.allocation,
         predicted_rise=chosen.rise,
         least_rise=chosen.bound,
@@ -205,6 +226,8 @@ def compress(
             report.calibration = f"{_rows(report)} rows, inputs of the "
             report.calibration += "compressed part" if inputs == "compressed" else "original model"
         report.model_bytes, report.model_parameters = stored_bytes(model), count_parameters(model)
+        if timed is not None:
+            report.milliseconds = measured_beside_dense(model, layers, timed.inputs, timed.repeats)
         report.warnings = _warnings(report)
         for message in report.warnings:  # inside: a caller's filter may make them errors
             warnings.warn(message, IsogridWarning, stacklevel=2)
@@ -251,16 +274,15 @@ def as_candidates(format: Any) -> tuple[Format, ...]:
     return found
 
 
-def _budget(layers: Mapping[str, nn.Module], keep: float, budget: Budget | None) -> tuple[Budget, float]:
-    """The budget over all layers, and the share of their dense cost that it is."""
-    unit = budget or Budget(parameters=0)
-    dense = sum(dense_cost(layer, unit) for layer in layers.values())
+def _limit(prices: Prices, keep: float, budget: Budget | None) -> tuple[int, float]:
+    """The limit over all layers, and the share of their dense cost that it is."""
+    dense = prices.whole()
     if budget is None:
         check_keep(keep)
-        return unit.with_limit(math.floor(keep * dense * (1 + 1e-12))), keep
+        return math.floor(keep * dense * (1 + 1e-12)), keep
     if not 0 < budget.limit < dense:
         raise IsogridError(f"the budget is {budget}; the selected matrices take {dense} of that: give less, above 0")
-    return budget, budget.limit / dense
+    return budget.limit, budget.limit / dense
 
 
 def _check_weight(name: str, module: nn.Module) -> None:

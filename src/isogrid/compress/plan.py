@@ -13,19 +13,18 @@ from isogrid.compress.allocate import (
     Option,
     allocate_uniform,
     choose,
-    dense_cost,
     lagrangian_bound,
     water_fill,
 )
 from isogrid.compress.calibrate import Moments, evaluation_mode
 from isogrid.compress.curves import Curves
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order
+from isogrid.compress.prices import Prices, StoredPrices
 from isogrid.compress.sensitivity import loss_weights
 from isogrid.compress.welore import allocate_welore, chooses_ranks
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric
 from isogrid.formats import Budget, Format, as_format
-from isogrid.linear import linear_matrix
 
 # A global allocation leaves every layer this share of what a uniform one would give it.
 LEAST_SHARE = 0.3
@@ -45,6 +44,7 @@ class Plan:
         allocation: how.
         rise: predicted rise of the model's loss, by sensitivity times squared error; None where it was not measured.
         bound: no choice within the budget has a smaller predicted rise (a Lagrangian bound); None likewise.
+        milliseconds: predicted time of a pass, where the budget is in time.
     """
 
     members: dict[str, Format]
@@ -52,6 +52,7 @@ class Plan:
     allocation: str = "uniform"
     rise: float | None = None
     bound: float | None = None
+    milliseconds: float | None = None
 
     def spent(self, layers: Mapping[str, nn.Module], unit: Budget | None = None) -> tuple[Budget, float]:
         """What the members cost together, in a budget's unit, and the share of the dense cost that it is.
@@ -67,12 +68,9 @@ class Plan:
             if name not in self.members or name not in layers:
                 why = "the plan doesn't know it" if name in layers else "it is planned, but not selected"
                 raise IsogridError(f"layer {name!r}: {why}; a plan is for one model and one selection of its layers")
-        unit = unit or Budget(parameters=0)
-        cost = 0
-        for name, member in self.members.items():
-            out_features, in_features = linear_matrix(layers[name]).shape
-            cost += unit.amount(member.cost(out_features, in_features, unit.dtype))
-        return unit.with_limit(cost), cost / sum(dense_cost(layer, unit) for layer in layers.values())
+        prices = StoredPrices(layers, unit)
+        cost = sum(prices.of(name, member) for name, member in self.members.items())
+        return prices.unit.with_limit(cost), cost / prices.whole()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -82,6 +80,7 @@ class Plan:
             "allocation": self.allocation,
             "rise": self.rise,
             "bound": self.bound,
+            "milliseconds": self.milliseconds,
         }
 
     @classmethod
@@ -98,6 +97,7 @@ class Plan:
                 str(described["allocation"]),
                 described["rise"],
                 described["bound"],
+                described.get("milliseconds"),
             )
         except (KeyError, AttributeError, TypeError) as error:
             raise IsogridError(f"not a plan of layers and formats: {type(error).__name__} {error}") from None
@@ -109,14 +109,15 @@ class Survey:
     Args:
         layers: name to dense layer.
         formats: what may be chosen from; sizes open.
-        unit: a budget, for its unit.
+        prices: what costs are counted in; None: parameters.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], formats: Sequence[Format], unit: Budget) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], formats: Sequence[Format], prices: Prices | None = None
+    ) -> None:
         self.layers = layers
         self.formats = tuple(formats)
-        self.unit = unit
-        self.curves = Curves(layers, formats, unit)
+        self.curves = Curves(layers, formats, prices)
         self.weights: dict[str, float] | None = None
         self._seen: set[str] = set()
 
@@ -170,7 +171,7 @@ class Survey:
         }
 
     def best(self, limit: int, share: float, formats: Sequence[Format] | None = None) -> Plan:
-        """The plan of the least predicted rise within a limit, in the survey's unit; `weigh` comes before.
+        """The plan of the least predicted rise within a limit of the survey's prices; `weigh` comes before.
 
         Raises:
             BudgetError: nothing is that small.
@@ -190,7 +191,8 @@ def plan(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     formats: Sequence[Format],
-    budget: Budget,
+    prices: Prices,
+    limit: int,
     share: float,
     *,
     allocate: str = "uniform",
@@ -203,7 +205,8 @@ def plan(
         model: the dense model.
         layers: name to layer.
         formats: what may be chosen from; sizes open.
-        budget: over all layers together.
+        prices: what costs are counted in.
+        limit: over all layers together.
         share: the same as a fraction of what the dense matrices cost.
         allocate: one of `ALLOCATIONS`.
         calibration: batches; moments do where only errors are asked for; None for what needs no data.
@@ -219,10 +222,10 @@ def plan(
         return Plan(members, tuple(formats), allocate)
 
     if allocate == "welore":
-        return planned(allocate_welore(layers, formats[0], budget))
+        return planned(allocate_welore(layers, formats[0], prices, limit))
     if allocate == "uniform" and len(formats) == 1:
-        return planned(allocate_uniform(layers, formats[0], share, budget))
-    survey = Survey(layers, formats, budget).measure(model, calibration)
+        return planned(allocate_uniform(layers, formats[0], share, prices))
+    survey = Survey(layers, formats, prices).measure(model, calibration)
     if allocate == "uniform":
         options = survey.options(LEAST_SHARE * share)
         return planned({name: _best_within(of, share) for name, of in options.items()})
@@ -231,9 +234,9 @@ def plan(
         ranks = {
             name: [one for one in of if one.format.name == formats[0].name] for name, of in survey.options().items()
         }
-        return planned({name: one.format for name, one in water_fill(ranks, budget.limit).items()})
+        return planned({name: one.format for name, one in water_fill(ranks, limit).items()})
     assert isinstance(calibration, list)
-    return survey.weigh(model, calibration, seed).best(budget.limit, share)
+    return survey.weigh(model, calibration, seed).best(limit, share)
 
 
 def check_allocation(allocate: str, formats: Sequence[Format], calibration: Any) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from isogrid.compress.refine import BlockReport
 from isogrid.compress.tuning import Tuned
+from isogrid.evaluation import Timing
 from isogrid.formats import Format
 from isogrid.linear import StructuredLinear, linear_matrix
 
@@ -86,6 +87,8 @@ class CompressionReport:
         allocation: how the budget was spread over layers.
         predicted_rise: of the model's loss, by sensitivities and squared errors; None where it wasn't measured.
         least_rise: no choice within the budget has a smaller predicted rise; None likewise.
+        predicted_milliseconds: of one pass of the whole model; None where the budget was not in time.
+        milliseconds: what it takes, "structured" and "dense" measured in turns; None likewise.
         layers: the rewritten layers, in the order they were fitted.
         blocks: the refined blocks, in order; none without refinement.
         distilled: what training the whole model reached: mean divergence from the original's predictions in nats a
@@ -104,6 +107,8 @@ class CompressionReport:
     allocation: str = "uniform"
     predicted_rise: float | None = None
     least_rise: float | None = None
+    predicted_milliseconds: float | None = None
+    milliseconds: dict[str, Timing] | None = None
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     distilled: Tuned | None = None
@@ -145,6 +150,10 @@ class CompressionReport:
             "allocation": self.allocation,
             "predicted_rise": self.predicted_rise,
             "least_rise": self.least_rise,
+            "predicted_milliseconds": self.predicted_milliseconds,
+            "milliseconds": None
+            if self.milliseconds is None
+            else {name: dict(vars(one)) for name, one in self.milliseconds.items()},
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "model_bytes": self.model_bytes,
@@ -162,10 +171,14 @@ class CompressionReport:
     def __str__(self) -> str:
         errors = sorted(layer.error for layer in self.layers)
         how = f"calibrated on {self.calibration}" if self.calibration else "plain fits"
+        times = ""
+        if self.milliseconds is not None and self.predicted_milliseconds is not None:
+            now, before = (self.milliseconds[name].median for name in ("structured", "dense"))
+            times = f"a pass {before:.4g} -> {now:.4g} ms (predicted {self.predicted_milliseconds:.4g}), "
         return (
             f"{len(self.layers)} layers as {self.label}: kept {self.achieved_keep:.4f} of their parameters "
             f"(asked for {self.requested_keep:g}), whole model {self.dense_model_bytes / 1e6:.1f} -> "
-            f"{self.model_bytes / 1e6:.1f} MB, median layer error {errors[len(errors) // 2]:.4f}, {how}, "
+            f"{self.model_bytes / 1e6:.1f} MB, {times}median layer error {errors[len(errors) // 2]:.4f}, {how}, "
             f"{self.seconds:.1f} s"
         )
 

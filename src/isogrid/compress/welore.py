@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isogrid.compress.allocate import dense_cost
+from isogrid.compress.prices import Prices
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import widened
-from isogrid.formats import Budget, Dense, Format
+from isogrid.formats import Dense, Format
 from isogrid.linear import StructuredLinear, linear_matrix
 
 LEAST_PRUNED = 0.5
@@ -86,13 +86,14 @@ def threshold_for_reduction(spectra: Mapping[str, Tensor], reduction: float) -> 
     return float(above[0]) if len(above) else 1.0
 
 
-def allocate_welore(layers: Mapping[str, nn.Module], fmt: Format, budget: Budget) -> dict[str, Format]:
+def allocate_welore(layers: Mapping[str, nn.Module], fmt: Format, prices: Prices, limit: int) -> dict[str, Format]:
     """Ranks of the smallest threshold whose choices stay within a budget over all layers; dense where that is better.
 
     Args:
         layers: name to dense layer.
         fmt: a format whose size is a rank, left open: low rank or Light.
-        budget: over all layers together.
+        prices: what costs are counted in.
+        limit: over all layers together.
 
     Raises:
         IsogridError: the format has no rank.
@@ -107,20 +108,15 @@ def allocate_welore(layers: Mapping[str, nn.Module], fmt: Format, budget: Budget
         return {name: fmt.with_size(one.rank) if one.low_rank else Dense() for name, one in found.items()}
 
     def spent(threshold: float) -> int:
-        total = 0
-        for name, member in members(threshold).items():
-            out_features, in_features = linear_matrix(layers[name]).shape
-            total += budget.amount(member.cost(out_features, in_features, budget.dtype))
-        return total
+        return sum(prices.of(name, member) for name, member in members(threshold).items())
 
     pooled = torch.cat([normalised(spectrum) for spectrum in spectra.values()])
     steps = [0.0, *torch.unique(pooled[pooled > 0]).tolist()]
-    at = _first(lambda place: spent(steps[place]) <= budget.limit, len(steps))
+    at = _first(lambda place: spent(steps[place]) <= limit, len(steps))
     if at is None:
-        dense = sum(dense_cost(module, budget) for module in layers.values())
         least = spent(steps[-1])
         raise BudgetError(
-            f"welore reaches {least} at the least, the budget is {budget}; keep at least {least / dense:.3f}"
+            f"welore reaches {least} at the least, the budget is {limit}; keep at least {least / prices.whole():.3f}"
         )
     return members(steps[at])
 

@@ -2,14 +2,17 @@
 
 from isogrid.evaluation.heatmap import heatmap_fidelity, heatmaps
 from isogrid.evaluation.latency import Timing, interleaved_medians, peak_memory_bytes
+from isogrid.evaluation.mode import evaluating
 from isogrid.evaluation.perplexity import Perplexity, perplexity
 from isogrid.evaluation.sts import embed_sentences, spearman, sts_spearman
-from isogrid.evaluation.tuning import tune
+from isogrid.evaluation.tuning import compare, tune
 
 __all__ = [
     "Perplexity",
     "Timing",
+    "compare",
     "embed_sentences",
+    "evaluating",
     "heatmap_fidelity",
     "heatmaps",
     "interleaved_medians",

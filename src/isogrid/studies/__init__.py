@@ -10,6 +10,7 @@ from isogrid.studies.random_projection import run_random_projection
 from isogrid.studies.sentence_encoder import run_sentence_encoder
 from isogrid.studies.solver_quality import run_solver_quality
 from isogrid.studies.sst2_finetuning import run_sst2_finetuning
+from isogrid.studies.time_budget import run_time_budget
 
 STUDIES = {
     "advice": run_advice,
@@ -22,6 +23,7 @@ STUDIES = {
     "sentence_encoder": run_sentence_encoder,
     "solver_quality": run_solver_quality,
     "sst2_finetuning": run_sst2_finetuning,
+    "time_budget": run_time_budget,
 }
 
 __all__ = [
@@ -36,4 +38,5 @@ __all__ = [
     "run_sentence_encoder",
     "run_solver_quality",
     "run_sst2_finetuning",
+    "run_time_budget",
 ]
