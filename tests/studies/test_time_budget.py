@@ -37,7 +37,7 @@ def test_predicted_beside_measured(tmp_path, monkeypatch):
 
 def _watched(model, layers, inputs, repeats):
     """Passes of microseconds differ too much to be a test."""
-    own = {name: 1e4 for name in layers}
+    own = dict.fromkeys(layers, 10000.0)
     return own, dict.fromkeys(own, 16), round(1.5 * sum(own.values()))
 
 
