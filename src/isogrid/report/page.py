@@ -13,6 +13,7 @@ from isogrid.errors import IsogridError
 from isogrid.report.canvas import png_bytes, save_figure
 from isogrid.report.figures import error_per_layer, quality_against_size
 from isogrid.report.files import replace_file, write_json
+from isogrid.report.ladder import gap_by_rung, is_ladder
 from isogrid.report.numbers import format_bytes, format_count, format_keep, format_percent, format_quality, plain
 from isogrid.report.rows import (
     Data,
@@ -52,8 +53,8 @@ def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
         folder: where to; it is made when missing.
 
     Returns:
-        The paths by file name: ``data.json``, ``table.md``, ``command.txt``, ``quality.png``, ``errors.png``,
-        ``report.html``.
+        The paths by file name: ``data.json``, ``table.md``, ``command.txt``, ``quality.png`` (``ladder.png`` where
+        rows climb), ``errors.png``, ``report.html``.
 
     Raises:
         IsogridError: the data lacks ``dense``, ``rows`` or a label, or is not plain; or an extra is missing.
@@ -66,7 +67,9 @@ def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
         "table.md": replace_file(folder / "table.md", table.encode()),
         "command.txt": replace_file(folder / "command.txt", f"{data.get('command') or ''}\n".encode()),
     }
-    if has_quality(data):
+    if is_ladder(data):
+        written["ladder.png"] = save_figure(gap_by_rung(data), folder / "ladder.png")
+    elif has_quality(data):
         written["quality.png"] = save_figure(quality_against_size(data), folder / "quality.png")
     if any(row.get("layers") for row in all_rows(data)):
         written["errors.png"] = save_figure(error_per_layer(data), folder / "errors.png")
@@ -197,6 +200,13 @@ def _template() -> Template:
 
 def _headline(data: Data) -> _Picture:
     name = quality_name(data)
+    if is_ladder(data):
+        return _Picture(
+            wide=_data_uri(png_bytes(gap_by_rung(data))),
+            narrow=_data_uri(png_bytes(gap_by_rung(data, narrow=True))),
+            alt=f"Gap of each format on each rung. {summary(data)}",
+            caption="Gap to the dense model on each rung, one line a format.",
+        )
     return _Picture(
         wide=_data_uri(png_bytes(quality_against_size(data))),
         narrow=_data_uri(png_bytes(quality_against_size(data, narrow=True))),

@@ -61,8 +61,10 @@ def lower_is_better(data: Data) -> bool:
 
 
 def row_name(row: Row) -> str:
-    """The label, and whether the row is calibrated where its label leaves that open."""
+    """The label with the rung of a ladder, or with whether the row is calibrated where its label leaves that open."""
     label = str(row["label"])
+    if row.get("rung"):
+        return label if row["rung"] == label else f"{label}, {row['rung']}"
     return f"{label}, calibrated" if row.get("calibrated") and "calibrated" not in label.lower() else label
 
 

@@ -79,18 +79,20 @@ def table_columns(data: Data) -> list[Column[Row]]:
     other = capitalized(str((data.get("other_quality") or {}).get("name") or "other quality"))
     # Where the labels are just the formats' names, a second column of them says nothing.
     spelled = all(_words(row.get("format", "")) in ("", _words(row["label"])) for row in rows[1:])
+    # A rung says whether it is calibrated, and all of one ladder ask for one size.
+    climbs = any(row.get("rung") for row in rows)
     columns: list[tuple[str, Column[Row]]] = [
         ("label", Column("Matrices", lambda row: str(row["label"]), "left")),
         ("" if spelled else "format", Column("Format", lambda row: str(row.get("format", ABSENT)), "left", wide=True)),
         ("rung", Column("Rung", lambda row: str(row.get("rung", ABSENT)), "left")),
-        ("calibrated", Column("Calibrated", calibrated, "left")),
+        ("calibrated", Column("Calibrated", calibrated, "left", wide=climbs)),
         (
             "quality",
             Column(f"{capitalized(quality_name(data))} {better}", lambda row: format_quality(row.get("quality"))),
         ),
         ("other_quality", Column(f"{other} {better}", lambda row: format_quality(row.get("other_quality")))),
         ("reference", Column("Published", lambda row: format_quality(row.get("reference")))),
-        ("requested_keep", Column("Keep asked", lambda row: format_keep(row.get("requested_keep")))),
+        ("requested_keep", Column("Keep asked", lambda row: format_keep(row.get("requested_keep")), wide=climbs)),
         ("achieved_keep", Column("Keep achieved", achieved)),
         ("parameters", Column("Parameters", lambda row: format_count(row.get("parameters")), wide=True)),
         ("bytes", Column("Size", lambda row: format_bytes(row.get("bytes")))),
