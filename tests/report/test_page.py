@@ -144,3 +144,11 @@ def test_a_page_that_cannot_be_drawn_leaves_the_old_one(data, tmp_path):
     with pytest.raises((TypeError, IsogridError)):
         write_page(data, path)
     assert path.read_text() == "old"
+
+
+def test_what_was_predicted_stands_beside_what_came(data, tmp_path):
+    assert "Asked for, predicted, achieved" not in write_page(data, tmp_path / "a.html").read_text()
+    lines = [{"figure": "gap", "requested": "–", "predicted": "+0.300", "achieved": "+0.281"}]
+    text = write_page({**data, "outcome": lines}, tmp_path / "b.html").read_text()
+    assert "Asked for, predicted, achieved" in text
+    assert text.index("+0.300") < text.index("+0.281")

@@ -169,6 +169,7 @@ def compress(
         "command": command_line(),
         "peak_memory": peak,
         "estimate": estimate,
+        "limit_milliseconds": milliseconds,
         "predicted": None if followed is None else followed.predicted.to_dict(),
     }
     write_json(described, out / "compression.json")

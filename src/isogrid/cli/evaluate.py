@@ -29,8 +29,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a model: perplexity, Spearman correlation on STS-B dev, or fidelity of heat maps to the dense model's."""
-    begun = time.perf_counter()
+    from isogrid.report import write_json
 
+    begun = time.perf_counter()
     measured = partial(_measured, text=text, windows=windows, length=length, data=data, quick=quick)
     result = {"model": model, **measured(model, metric)}
     if against is not None:
@@ -43,6 +44,8 @@ def evaluate(
     if predicted is not None:
         result["predicted_gap"] = predicted
     result["seconds"] = time.perf_counter() - begun
+    if (Path(model) / "compression.json").is_file():
+        write_json(result, Path(model) / "evaluation.json")  # the report of this model tells it
     if as_json:
         console.print_json(json.dumps(result))
     else:

@@ -24,7 +24,9 @@ def report(
 
         page = folder.with_name(folder.name + "-report")  # beside the model: a checkpoint folder holds nothing else
 
-        written = write_report(page_of_compression(read_json(folder / "compression.json")), page)
+        kept = folder / "evaluation.json"
+        evaluated = read_json(kept) if kept.is_file() else None
+        written = write_report(page_of_compression(read_json(folder / "compression.json"), evaluated), page)
     else:
         raise IsogridError(f"{folder} has neither data.json nor compression.json; give a folder that a command wrote")
     console.print(f"report: {written['report.html']}", highlight=False, soft_wrap=True)

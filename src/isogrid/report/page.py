@@ -41,6 +41,8 @@ from isogrid.report.tables import (
 if TYPE_CHECKING:
     from jinja2 import Template
 
+OUTCOME = ("figure", "requested", "predicted", "achieved")
+
 
 def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
     """Write everything a command leaves of a table, each file whole or not at all.
@@ -100,6 +102,7 @@ def write_page(data: Data, path: str | Path) -> Path:
         facts=facts,
         summary=summary(data),
         headline=_headline(data) if has_quality(data) else None,
+        outcome=_outcome(data),
         table=_table(all_rows(data), table_columns(data), [row for row in best.values() if row is not None]),
         legend=table_legend(data),
         errors=_error_pictures(data),
@@ -235,6 +238,13 @@ def _error_pictures(data: Data) -> list[_Picture]:
             )
         )
     return pictures
+
+
+def _outcome(data: Data) -> _Table | None:
+    """What was asked for, predicted and achieved, as the data words it; None where it says nothing of it."""
+    lines = [[plain(line.get(key)) for key in OUTCOME] for line in data.get("outcome") or ()]
+    heads = [capitalized(key) for key in OUTCOME]
+    return _Table(heads, [key != "figure" for key in OUTCOME], lines, [False] * len(lines), []) if lines else None
 
 
 def _detail(row: Row) -> _Detail:

@@ -1,7 +1,8 @@
 """What the rows of a compression table say.
 
 Everything here reads one plain dict, the data of a table: keys ``title``, ``command``, ``model``, ``created``,
-``machine``, ``settings``, ``quality``, ``dense``, ``rows``, ``notes``. Only ``dense``, ``rows`` and the ``label`` of
+``machine``, ``settings``, ``quality``, ``dense``, ``rows``, ``notes``, ``outcome`` (lines of ``figure``, ``requested``,
+``predicted`` and ``achieved``, in words). Only ``dense``, ``rows`` and the ``label`` of
 each row must be there; what is absent is shown as a dash, and a column that nothing fills is left out.
 """
 

@@ -12,7 +12,15 @@ from typing import Any
 
 import isogrid
 from isogrid.compress import CompressionReport
-from isogrid.report import read_json, write_json
+from isogrid.report import (
+    format_bytes,
+    format_duration,
+    format_gap,
+    format_keep,
+    format_milliseconds,
+    read_json,
+    write_json,
+)
 
 Say = Callable[[str], None]
 PLAIN_ERRORS = "Errors are relative Frobenius errors of the matrices"
@@ -71,8 +79,13 @@ def _state_of_code() -> str:
     return digest.hexdigest()
 
 
-def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The data of a page for one compressed model, from the ``compression.json`` that was written beside it."""
+def page_of_compression(described: Mapping[str, Any], evaluated: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The data of a page for one compressed model.
+
+    Args:
+        described: the ``compression.json`` that was written beside it.
+        evaluated: what `isogrid evaluate` kept there; None: the quality was not measured.
+    """
     calibrated = described["calibration"] is not None
     return {
         "title": f"{described['model']} as {described['label']}",
@@ -102,8 +115,34 @@ def page_of_compression(described: Mapping[str, Any]) -> dict[str, Any]:
                 "warnings": described["warnings"],
             }
         ],
+        "outcome": _outcome(described, evaluated or {}),
         "notes": [
             ("Errors are relative output errors on the calibration data" if calibrated else PLAIN_ERRORS)
             + "; the model's quality was not measured: isogrid evaluate does."
         ],
     }
+
+
+def _outcome(described: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Sizes, times and the gap: as asked for, as predicted by a recipe or a budget in time, and as they came out."""
+    said = described.get("predicted") or {}
+    times = described.get("milliseconds") or {}
+    now, before = ((times.get(name) or {}).get("median") for name in ("structured", "dense"))
+
+    def line(figure: str, spell: Callable[[Any], str], requested: Any, predicted: Any, achieved: Any) -> dict[str, str]:
+        values = {"requested": requested, "predicted": predicted, "achieved": achieved}
+        return {"figure": figure} | {key: spell(value) for key, value in values.items()}
+
+    lines = [
+        line("keep", format_keep, described["requested_keep"], said.get("keep"), described["achieved_keep"]),
+        line("size of the model", format_bytes, None, said.get("model_bytes"), described["model_bytes"]),
+        line("compression", format_duration, None, said.get("seconds", described.get("estimate")),
+             described["seconds"]),
+    ]  # fmt: skip
+    if now is not None:
+        predicted = described.get("predicted_milliseconds")
+        limit = described.get("limit_milliseconds")
+        lines.append(line(f"a pass (dense {before:.4g} ms)", format_milliseconds, limit, predicted, now))
+    if said or "gap" in evaluated:
+        lines.append(line("gap", format_gap, None, said.get("gap"), evaluated.get("gap")))
+    return lines
