@@ -2,7 +2,7 @@
 
 from isogrid.checkpoint import load, merge, save
 from isogrid.checkpoint.transformers_plugin import install as _install
-from isogrid.compress import CompressionReport, Moments, collect_moments, compress, select_layers
+from isogrid.compress import CompressionReport, Milliseconds, Moments, collect_moments, compress, select_layers
 from isogrid.errors import BudgetError, CheckpointError, IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import (
@@ -57,6 +57,7 @@ __all__ = [
     "LowRank",
     "LowRankLight",
     "Metric",
+    "Milliseconds",
     "Moments",
     "Monarch",
     "Permuted",

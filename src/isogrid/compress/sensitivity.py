@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.compress.calibrate import evaluation_mode, forward_calls, real_rows
+from isogrid.compress.frugal import frugal_memory
 from isogrid.errors import IsogridError
 
 
@@ -58,7 +59,7 @@ def loss_weights(
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.enable_grad(), evaluation_mode(model):
+        with frugal_memory(), torch.enable_grad(), evaluation_mode(model):
             for number, run in enumerate(forward_calls(model, batches)):
                 batch = batches[number]
                 loss = _sampled_loss(run(), source)

@@ -107,7 +107,7 @@ def run_sentence_encoder(
     from isogrid import __version__
 
     result = {
-        "title": "The sentence encoder all-MiniLM-L6-v2 at half its parameters",
+        "title": "The sentence encoder all-MiniLM-L6-v2 at a half and a quarter of its parameters",
         "command": command,
         "model": f"{MODEL} (all-MiniLM-L6-v2)",
         "created": today(),

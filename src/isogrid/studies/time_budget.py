@@ -18,7 +18,7 @@ from isogrid.data import load_pretrained
 from isogrid.report import describe_machine, replace_file, today, write_json
 from isogrid.studies.rows import Say, remembered
 
-MODELS = {"smollm2-135m": 512, "all-minilm-l6-v2": 256}
+MODELS = {"smollm2-135m": 512, "minilm": 256}
 FORMATS = ("low_rank_light", "block_diagonal")
 # Of the layers' own time.
 SHARES = (0.8, 0.6)
