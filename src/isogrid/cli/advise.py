@@ -47,10 +47,11 @@ def advise(
     """Three recipes for a size or a quality, from one-shot to distilled, with what is said to come of each."""
     from rich.table import Table
 
-    from isogrid.cli.source import calibration_data, open_model, widest_dtype
+    from isogrid.cli.source import open_model, widest_dtype
     from isogrid.compress import AUTO, Advisor, Recipe
     from isogrid.formats import Budget
     from isogrid.report import format_bytes, format_duration, write_json
+    from isogrid.studies.subjects import calibration_data
 
     asked = [one for one in (target, max_bytes, gap) if one is not None]
     if len(asked) > 1:

@@ -10,6 +10,7 @@ import typer
 
 from isogrid.cli.advise import advise
 from isogrid.cli.bench import bench
+from isogrid.cli.compare import compare
 from isogrid.cli.compress import compress
 from isogrid.cli.console import console, notes, plain
 from isogrid.cli.demo import demo
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = (advise, compress, evaluate, inspect, formats, demo, report, memory, bench, tune, study, doctor)
+VERBS = (advise, compress, evaluate, compare, inspect, formats, demo, report, memory, bench, tune, study, doctor)
 for verb in VERBS:
     app.command()(verb)
 

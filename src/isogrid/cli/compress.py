@@ -81,11 +81,12 @@ def compress(
     """Rewrite a model's matrices in a format and save it in Hugging Face form."""
     from isogrid import compress as compress_model
     from isogrid.checkpoint import check_place, save
-    from isogrid.cli.source import calibration_data, open_model, timed_inputs, widest_dtype
+    from isogrid.cli.source import open_model, widest_dtype
     from isogrid.compress import Milliseconds, Recipe, allocate_uniform, as_candidates, estimate_seconds, select_layers
     from isogrid.evaluation import peak_memory_bytes
     from isogrid.formats import Budget
     from isogrid.report import format_bytes, format_duration, progress, read_json, write_json
+    from isogrid.studies.subjects import calibration_data, timed_inputs
 
     if export not in ("structured", "dense"):
         raise IsogridError(f"--export is structured or dense, got {export!r}")

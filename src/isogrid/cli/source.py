@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from isogrid.errors import IsogridError
 
 
@@ -85,53 +83,3 @@ def _dtype(name: str) -> Any:
 def widest_dtype(model: Any) -> Any:
     """The widest dtype of a model's numbers: what bytes of new factors are counted in."""
     return max({value.dtype for value in model.parameters()}, key=lambda dtype: dtype.itemsize)
-
-
-def timed_inputs(model: Any, tokens: int) -> Any:
-    """One window of tokens for a model that takes tokens; None for others: a row of their calibration data is timed."""
-    import torch
-
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    if not isinstance(vocabulary, int):
-        return None
-    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def is_language_model(model: Any) -> bool:
-    """Whether the model predicts next tokens."""
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-
-
-def is_saliency_model(model: Any) -> bool:
-    """Whether the model draws heat maps."""
-    return hasattr(model, "config") and getattr(model.config, "model_type", "") == "isogrid_vit_saliency"
-
-
-def calibration_data(
-    source: str, model: Any, tokenizer: Any, *, windows: int, length: int, data_dir: Path | None
-) -> Tensor | list[str]:
-    """Calibration data by name, in the form the model takes.
-
-    ``photographs`` are images; ``sts:train`` a list of sentences; any other source is a text (`load_text`): token
-    windows for a language model, its paragraphs for an encoder.
-    """
-    from isogrid.data import load_photographs, load_sts, load_text, token_windows
-
-    if source == "photographs":
-        if getattr(model, "main_input_name", "") != "pixel_values" and not is_saliency_model(model):
-            raise IsogridError(
-                f"calibration 'photographs' is images, {type(model).__name__} takes text; try --calibrate pydoc"
-            )
-        return load_photographs()
-    if is_saliency_model(model):
-        raise IsogridError(f"calibration {source!r} is text, the model takes images; use --calibrate photographs")
-    if tokenizer is None:
-        raise IsogridError("the model has no tokenizer beside it, which calibration by text needs")
-    if source == "sts:train":
-        pairs = load_sts("train", data_dir)
-        return list(dict.fromkeys([*pairs.first, *pairs.second]))[: 32 * windows]
-    text = load_text(source, data_dir)
-    if is_language_model(model):
-        return token_windows(tokenizer, text, length, windows)
-    paragraphs = [part.strip() for part in text.splitlines() if len(part.split()) > 4]
-    return paragraphs[: 8 * windows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,12 +169,16 @@ def measured_beside_dense(
     before = original_view(model)
     for name, module in dense.items():
         before.set_submodule(name, module)
-    with evaluating(model), evaluating(before):
-        return interleaved_medians(
-            {"structured": forward_calls(model, [inputs])[0], "dense": forward_calls(before, [inputs])[0]},
-            repeats=repeats,
-            warmup=WARMUP,
-        )
+    return measured_together({"structured": model, "dense": before}, inputs, repeats)
+
+
+def measured_together(models: Mapping[str, nn.Module], inputs: Any, repeats: int) -> dict[str, Timing]:
+    """Times of one pass of each model on the same batch, in turns."""
+    with ExitStack() as states:
+        for model in models.values():
+            states.enter_context(evaluating(model))
+        passes = {name: forward_calls(model, [inputs])[0] for name, model in models.items()}
+        return interleaved_medians(passes, repeats=repeats, warmup=WARMUP)
 
 
 def one_row(batches: Sequence[Any] | None) -> Any:

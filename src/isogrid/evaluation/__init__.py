@@ -1,7 +1,7 @@
 """Measuring a model: perplexity, sentence similarity, saliency maps, time and memory."""
 
 from isogrid.evaluation.heatmap import heatmap_fidelity, heatmaps
-from isogrid.evaluation.latency import Timing, interleaved_medians, peak_memory_bytes
+from isogrid.evaluation.latency import Timing, forget_peak_memory, interleaved_medians, peak_memory_bytes
 from isogrid.evaluation.mode import evaluating
 from isogrid.evaluation.perplexity import Perplexity, perplexity
 from isogrid.evaluation.sts import embed_sentences, spearman, sts_spearman
@@ -13,6 +13,7 @@ __all__ = [
     "compare",
     "embed_sentences",
     "evaluating",
+    "forget_peak_memory",
     "heatmap_fidelity",
     "heatmaps",
     "interleaved_medians",

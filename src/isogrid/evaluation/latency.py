@@ -61,8 +61,18 @@ def interleaved_medians(
     return {name: _timing(measured) for name, measured in times.items()}
 
 
+def forget_peak_memory() -> bool:
+    """Let `peak_memory_bytes` count from now on; False where the system can't (only Linux can)."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory_bytes() -> int:
-    """The most memory this process has held resident since it began, in bytes."""
+    """The most memory this process has held resident since it began or since `forget_peak_memory`, in bytes."""
     import resource  # absent on Windows, where the rest of this file works
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from isogrid.errors import IsogridError
 from isogrid.report.canvas import png_bytes, save_figure
@@ -72,7 +72,7 @@ def write_report(data: Data, folder: str | Path) -> dict[str, Path]:
     if is_ladder(data):
         written["ladder.png"] = save_figure(gap_by_rung(data), folder / "ladder.png")
     elif has_quality(data):
-        written["quality.png"] = save_figure(quality_against_size(data), folder / "quality.png")
+        written["quality.png"] = save_figure(quality_against_size(data, against=_size(data)), folder / "quality.png")
     if any(row.get("layers") for row in all_rows(data)):
         written["errors.png"] = save_figure(error_per_layer(data), folder / "errors.png")
     return written | {"report.html": write_page(data, folder / "report.html")}
@@ -210,12 +210,19 @@ def _headline(data: Data) -> _Picture:
             alt=f"Gap of each format on each rung. {summary(data)}",
             caption="Gap to the dense model on each rung, one line a format.",
         )
+    against = _size(data)
+    what = "the kept share of the selected parameters" if against == "keep" else "the size of the whole model"
     return _Picture(
-        wide=_data_uri(png_bytes(quality_against_size(data))),
-        narrow=_data_uri(png_bytes(quality_against_size(data, narrow=True))),
-        alt=f"{name} against the kept share of the selected parameters. {summary(data)}",
-        caption=f"{capitalized(name)} against the kept share of the selected parameters; filled and solid: calibrated.",
+        wide=_data_uri(png_bytes(quality_against_size(data, against=against))),
+        narrow=_data_uri(png_bytes(quality_against_size(data, against=against, narrow=True))),
+        alt=f"{name} against {what}. {summary(data)}",
+        caption=f"{capitalized(name)} against {what}; filled and solid: calibrated.",
     )
+
+
+def _size(data: Data) -> Literal["keep", "size"]:
+    """What quality is drawn against: bytes of the whole model where the table says that they count."""
+    return "size" if data.get("size") == "bytes" else "keep"
 
 
 def _error_pictures(data: Data) -> list[_Picture]:

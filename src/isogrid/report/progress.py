@@ -19,8 +19,8 @@ class Step(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Step]:
-    """A bar over ``total`` pieces of work on standard error, shown once two seconds have passed."""
+def progress(description: str, total: int | None) -> Iterator[Step]:
+    """A bar over ``total`` pieces of work (None: unknown) on standard error, shown once two seconds have passed."""
     if not sys.stderr.isatty():
         yield lambda name="": None
         return

@@ -2,8 +2,9 @@
 
 Everything here reads one plain dict, the data of a table: keys ``title``, ``command``, ``model``, ``created``,
 ``machine``, ``settings``, ``quality``, ``dense``, ``rows``, ``notes``, ``outcome`` (lines of ``figure``, ``requested``,
-``predicted`` and ``achieved``, in words). Only ``dense``, ``rows`` and the ``label`` of
-each row must be there; what is absent is shown as a dash, and a column that nothing fills is left out.
+``predicted`` and ``achieved``, in words), ``size`` ("bytes": what quality is drawn against). Only ``dense``, ``rows``
+and the ``label`` of each row must be there; what is absent is shown as a dash, and a column that nothing fills is left
+out.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from isogrid.compress import (
 )
 from isogrid.data import load_pretrained, load_stories260k, load_text, token_windows
 from isogrid.errors import IsogridError
-from isogrid.evaluation import peak_memory_bytes, perplexity
+from isogrid.evaluation import forget_peak_memory, peak_memory_bytes, perplexity
 from isogrid.report import describe_machine, progress, today, write_report
 from isogrid.studies.rows import Say, gap, remembered, row_of
 
@@ -206,6 +206,7 @@ def run_quality_ladder(
             moments = collect_moments(subject.model, select_layers(subject.model), subject.calibration)
         if one.rung == DISTILLED:
             return distilled(one)
+        forget_peak_memory()
         smaller = copy.deepcopy(subject.model)
         with progress(f"{one.label} {one.rung}", len(select_layers(smaller))) as step:
             report = compress(
@@ -231,6 +232,7 @@ def run_quality_ladder(
         """The rung before, and one step more: what `compress` does with ``refine`` and ``distill`` together."""
         before = dataclasses.replace(one, rung=REFINED)
         found = dict(remembered(runs, before.key, settings, partial(row, before)))
+        forget_peak_memory()
         smaller = load(runs / before.key).eval()
         batches = as_batches(subject.calibration, training=True)
         reached = distill(smaller, subject.model, batches, subject.distillation, seed=seed)

@@ -1,0 +1,259 @@
+"""Methods beside each other on one model: bytes, parameters, time of a pass, quality, minutes, memory.
+
+A method is a format under a budget, a format of a fixed size, or a stack of steps; each is applied to a fresh copy of
+the dense model, calibrated on the same data and measured by the same yardstick.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from isogrid.compress import (
+    Plan,
+    compress,
+    count_parameters,
+    dense_parameters,
+    select_layers,
+    stored_bytes,
+    structured_layers,
+)
+from isogrid.compress.milliseconds import measured_together
+from isogrid.errors import IsogridError
+from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
+from isogrid.formats import Budget, Format, as_format
+from isogrid.linear import linear_matrix
+from isogrid.report import describe_machine, format_keep, read_json, today, write_report
+from isogrid.studies.rows import Say, gap, remembered
+from isogrid.studies.subjects import Yardstick, figure_of
+
+STEP_KEYS = ("format", "keep", "bytes", "anchor", "allocate", "solver", "refine", "distill")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a method: a format for the matrices as they then are.
+
+    Attributes:
+        format: spelled, several joined by "|", or "auto". A size in it ("low_rank(rank=64)") is taken as it is; one
+            left open is chosen by the budget.
+        keep: fraction of the parameters of the matrices before the first step; None: of what the comparison asks for.
+        bytes: instead, a fraction of their bytes.
+        options: of `compress`.
+    """
+
+    format: str
+    keep: float | None = None
+    bytes: float | None = None
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """Steps under one name."""
+
+    label: str
+    steps: tuple[Step, ...]
+
+
+def as_method(spelled: str) -> Method:
+    """A method from a format's spelling, or from a JSON file: ``{"label": …, "steps": [{"format": …, "keep": …}, …]}``.
+
+    Raises:
+        IsogridError: neither; names what is amiss.
+    """
+    if not spelled.endswith(".json"):
+        _formats(spelled)  # what can't be spelled is said before any work
+        return Method(spelled, (Step(spelled),))
+    described = read_json(Path(spelled))
+    steps = described.get("steps")
+    if not isinstance(steps, list) or not steps:
+        raise IsogridError(f'{spelled}: a stack has "steps", a list of formats with their budgets')
+    found = []
+    for number, step in enumerate(steps):
+        if not isinstance(step, Mapping) or "format" not in step or not {*step} <= {*STEP_KEYS}:
+            raise IsogridError(
+                f"{spelled}: step {number} is {step!r}; it has format, and maybe {', '.join(STEP_KEYS[1:])}"
+            )
+        _formats(str(step["format"]))
+        options = {key: value for key, value in step.items() if key not in ("format", "keep", "bytes")}
+        found.append(Step(str(step["format"]), step.get("keep"), step.get("bytes"), tuple(options.items())))
+    return Method(str(described.get("label", Path(spelled).stem)), tuple(found))
+
+
+def _formats(spelled: str) -> list[Format] | str:
+    return spelled if spelled == "auto" else [as_format(one.strip()) for one in spelled.split("|")]
+
+
+def run_comparison(
+    out: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    name: str,
+    *,
+    methods: Sequence[str],
+    keep: float = 0.5,
+    in_bytes: bool = True,
+    calibration: Any = None,
+    calibrated_on: str = "",
+    yardstick: Yardstick | None = None,
+    inputs: Any = None,
+    repeats: int = 31,
+    seed: int = 0,
+    command: str = "isogrid compare",
+    say: Say = print,
+) -> dict[str, Any]:
+    """Apply each method to a copy of a model and measure what comes of it.
+
+    Args:
+        out: folder of the table, the page, and a picture of quality against size. Rows are kept in ``runs/compare``.
+        model: dense, in eval mode; left as it is.
+        tokenizer: of it, or None.
+        name: of the model.
+        methods: see `as_method`.
+        keep: fraction of the selected matrices' bytes, for formats whose size is open.
+        in_bytes: False: of their parameters.
+        calibration: see `compress`; None: plain fits.
+        calibrated_on: the same in words.
+        yardstick: how quality is measured.
+        inputs: one batch whose pass is timed; None: times are not measured.
+        repeats: timed passes of each model, in turns with the dense one.
+        seed: of fits.
+        command: for the page.
+        say: told each row.
+
+    Returns:
+        The data of the table.
+
+    Raises:
+        IsogridError: a method can't be read, or can't be applied: names it.
+    """
+    asked = [as_method(one) for one in methods]
+    yardstick = yardstick or Yardstick()
+    dense_layers = select_layers(model)
+    settings: dict[str, Any] = {
+        "model": name,
+        "calibration": calibrated_on or "none: plain fits",
+        "yardstick": {key: str(value) for key, value in vars(yardstick).items()},
+        "keep": f"{keep:g} of the {'bytes' if in_bytes else 'parameters'} of the selected matrices",
+        "repeats": repeats,
+        "seed": seed,
+    }
+    runs = Path("runs/compare") / name.replace("/", "_")
+    dense_measured = remembered(runs, "dense", settings, lambda: yardstick.measure(model, tokenizer, name))
+    figure, dense_value, better = figure_of(dense_measured)
+    dense: dict[str, Any] = {
+        "label": "Dense",
+        "format": "dense",
+        "achieved_keep": 1.0,
+        "parameters": dense_parameters(dense_layers),
+        "bytes": stored_bytes(model),
+        "quality": dense_value,
+    }
+    say(f"dense: {figure} {dense_value:.4g}")
+
+    def row(method: Method) -> dict[str, Any]:
+        forget_peak_memory()
+        smaller = copy.deepcopy(model)
+        seconds, warnings = 0.0, []
+        for number, step in enumerate(method.steps):
+            try:
+                report = _apply(step, smaller, keep, in_bytes, calibration, tokenizer, seed)
+            except IsogridError as error:
+                raise IsogridError(f"{method.label}, step {number + 1}: {error}") from error
+            seconds += report.seconds
+            warnings += report.warnings
+        peak = peak_memory_bytes()
+        _, value, _ = figure_of(yardstick.measure(smaller, tokenizer, name))
+        found = {
+            "label": method.label,
+            "format": method.steps[-1].format,
+            "calibrated": calibration is not None,
+            "requested_keep": keep,
+            "achieved_keep": _stored(smaller, dense_layers) / _stored(model, dense_layers),
+            "parameters": count_parameters(smaller) - count_parameters(model) + dense["parameters"],
+            "bytes": stored_bytes(smaller),
+            "quality": value,
+            "seconds": seconds,
+            "peak_memory": peak,
+            "warnings": warnings,
+        }
+        if figure == "perplexity":
+            found["gap"] = gap(value, dense_value)
+        if inputs is not None:
+            times = measured_together({"dense": model, "smaller": smaller}, inputs, repeats)
+            found["latency_ms"] = times["smaller"].median
+            found["latency_ratio"] = times["dense"].median / times["smaller"].median
+        return found
+
+    rows = []
+    for method in asked:
+        described = settings | {"steps": [dataclasses.asdict(step) for step in method.steps]}
+        rows.append(remembered(runs, method.label.replace("/", "_"), described, partial(row, method)))
+        last = rows[-1]
+        say(f"{method.label}: {last['bytes'] / 1e6:.4g} MB, {figure} {last['quality']:.4g}, {last['seconds']:.0f} s")
+    from isogrid import __version__
+
+    result = {
+        "title": f"Methods on {name} at {format_keep(keep)} of the {'bytes' if in_bytes else 'parameters'}",
+        "command": command,
+        "model": name,
+        "created": today(),
+        "machine": describe_machine(__version__),
+        "settings": settings,
+        "quality": {"name": figure, "better": better},
+        "size": "bytes",
+        "dense": dense,
+        "rows": rows,
+        "notes": [
+            "Keep achieved: share of the selected matrices' bytes as stored, codes, masks and scales included.",
+            "Speed: time of a pass of the dense model over this one's, measured in turns.",
+            "A format of a fixed size takes what it takes; others get the budget.",
+        ],
+    }
+    write_report(result, out)
+    return result
+
+
+def _apply(
+    step: Step, model: nn.Module, keep: float, in_bytes: bool, calibration: Any, tokenizer: Any, seed: int
+) -> Any:
+    layers = select_layers(model)
+    options: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "seed": seed, **dict(step.options)}
+    formats = _formats(step.format)
+    if not isinstance(formats, str) and len(formats) == 1 and _fixed(step.format, formats[0]):
+        return compress(model, Plan(dict.fromkeys(layers, formats[0]), tuple(formats)), **options)
+    if step.keep is not None or (step.bytes is None and not in_bytes):
+        return compress(model, formats, keep=keep if step.keep is None else step.keep, **options)
+    share = keep if step.bytes is None else step.bytes
+    matrices = [linear_matrix(layer) for layer in layers.values()]
+    dtype = max((matrix.dtype for matrix in matrices), key=lambda one: one.itemsize)
+    whole = sum(matrix.numel() * dtype.itemsize for matrix in matrices)
+    return compress(model, formats, budget=Budget(bytes=int(share * whole), dtype=dtype), **options)
+
+
+def _fixed(spelled: str, fmt: Format) -> bool:
+    """Whether a format's size is given in its spelling, or it has none to choose."""
+    if fmt.size_field is None:
+        return type(fmt).sized is Format.sized
+    return re.search(rf"\b{fmt.size_field}\s*=", spelled) is not None
+
+
+def _stored(model: nn.Module, names: Mapping[str, nn.Module]) -> int:
+    """Bytes of the selected matrices, in whatever form they are."""
+    structured = structured_layers(model)
+    total = 0
+    for name in names:
+        if name in structured:
+            total += sum(value.nbytes for value in structured[name].factors.values())
+        else:
+            total += linear_matrix(model.get_submodule(name)).nbytes
+    return total
