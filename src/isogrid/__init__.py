@@ -24,10 +24,11 @@ from isogrid.formats import (
     Monarch,
     Permuted,
     Product,
+    SemiStructured,
+    Sparse,
     Sum,
     TensorTrain,
     Traits,
-    Unstructured,
 )
 from isogrid.linear import StructuredLinear, convert
 
@@ -62,11 +63,12 @@ __all__ = [
     "Monarch",
     "Permuted",
     "Product",
+    "SemiStructured",
+    "Sparse",
     "StructuredLinear",
     "Sum",
     "TensorTrain",
     "Traits",
-    "Unstructured",
     "collect_moments",
     "compress",
     "convert",

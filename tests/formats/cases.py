@@ -34,9 +34,10 @@ from isogrid import (
     Monarch,
     Permuted,
     Product,
+    SemiStructured,
+    Sparse,
     Sum,
     TensorTrain,
-    Unstructured,
 )
 from isogrid.formats import new_factors, registered
 
@@ -58,7 +59,8 @@ VARIANTS: dict[str, tuple[Format, ...]] = {
     "capped": (Capped(LowRank(rank=1)), Capped(Dense())),
     "kronecker": (Kronecker(terms=2),),
     "tensor_train": (TensorTrain(rank=2, cores=3),),
-    "unstructured": (Unstructured(density=1.0),),
+    "semi_structured": (SemiStructured(keep=1, of=5), SemiStructured(keep=5, of=10)),
+    "sparse": (Sparse(density=1.0),),
     "block_tensor_chain": (BlockTensorChain(rank=2, cores=4), BlockTensorChain(rank=3, cores=2)),
     "block_tensor_train": (
         BlockTensorTrain(rank=2, factorization="greedy"),

@@ -21,9 +21,9 @@ from isogrid import (
     Monarch,
     Permuted,
     Product,
+    Sparse,
     Sum,
     TensorTrain,
-    Unstructured,
 )
 from isogrid.formats import registered
 from isogrid.formats.anatomy import anatomy, small_sizes
@@ -124,21 +124,22 @@ def test_tensor_train_cores_see_one_digit_of_the_row():
         assert (mask == rows(12, 6, range(digit, 12, 3))).all()
 
 
-def test_unstructured_values_stand_at_their_positions():
-    found = anatomy(Unstructured(density=0.3), 6, 8)
-    values, positions = found["factors"]
+def test_sparse_values_stand_where_the_mask_says():
+    found = anatomy(Sparse(density=0.3), 6, 8)
+    values, mask = found["factors"]
     assert (values["blocks"][0]["rows"], values["blocks"][0]["columns"]) == (1, values["shape"][0])
-    mask = np.array(values["blocks"][0]["footprint"]).flatten()
-    assert sorted(np.flatnonzero(mask)) == sorted(positions["values"])
-    assert positions["role"] == "index"
-    assert positions["blocks"] == []
+    reached = np.array(values["blocks"][0]["footprint"])
+    assert (np.packbits(reached, axis=1, bitorder="little").flatten() == mask["values"]).all()
+    assert mask["role"] == "code"
+    assert mask["blocks"] == []
 
 
 def test_numbers_of_a_vector_are_told_apart():
-    values, positions = anatomy(Unstructured(density=0.3), 6, 8)["factors"]
+    values, mask = anatomy(Sparse(density=0.3), 6, 8)["factors"]
     sources = np.array(values["sources"]).flatten()
-    assert (sources[positions["values"]] == np.arange(len(positions["values"]))).all()
-    assert (np.delete(sources, positions["values"]) == -1).all()
+    places = np.unpackbits(np.array(mask["values"], dtype=np.uint8), bitorder="little").astype(bool)
+    assert (sources[places] == np.arange(*values["shape"])).all()
+    assert (sources[~places] == -1).all()
     (kernel,) = anatomy(Circulant(), 6, 4)["factors"]
     assert kernel["sources"] == [[(i - j) % 6 for j in range(4)] for i in range(6)]
 

@@ -15,7 +15,6 @@ from isogrid import (
     Metric,
     Monarch,
     TensorTrain,
-    Unstructured,
 )
 from isogrid.fitting import squared_norm
 from isogrid.formats import new_factors
@@ -129,28 +128,6 @@ def test_block_dense_of_one_block_is_low_rank():
     assert torch.allclose(fitted(BlockDense(3, 1), target), fitted(LowRank(3), target), atol=1e-10)
     metric = Metric.from_rows(gaussian(50, 14), damping=0.0)
     assert torch.allclose(fitted(BlockDense(3, 1), target, metric), fitted(LowRank(3), target, metric), atol=1e-7)
-
-
-def test_unstructured_follows_the_gaussian_law():
-    target = gaussian(400, 400)
-    for density, error in ((0.1, 0.7488), (0.3, 0.4655), (0.5, 0.2671), (0.75, 0.0914)):
-        assert relative_error(Unstructured(density), target) == pytest.approx(error, rel=0.01)
-
-
-def test_unstructured_keeps_exactly_what_was_asked():
-    target = torch.ones(7, 9, dtype=F64)
-    found = fitted(Unstructured(10 / 63), target)
-    assert int((found != 0).sum()) == 10
-    assert found.flatten()[:10].eq(1).all(), "ties go to the earlier entry"
-
-
-def test_unstructured_refit_is_the_least_squares_solution():
-    target, metric = gaussian(6, 11), Metric.from_rows(gaussian(40, 11, seed=3), damping=0.0)
-    fmt = Unstructured(0.4)
-    factors = fmt.fit(target, metric)
-    found = fmt.dense(factors, 6, 11)
-    gradient = (target - found) @ metric.matrix
-    assert gradient.flatten()[factors["positions"].long()].abs().max() < 1e-9
 
 
 def test_caps_bind_above_and_not_below():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from isogrid.formats import LowRank, Unstructured
+from isogrid.formats import LowRank, Sparse
 from isogrid.studies import random_projection
 from isogrid.studies.projection_targets import TARGETS, Entry, Target, low_rank_law, picture, sparse_law
 
@@ -47,7 +47,7 @@ def test_closed_forms_meet_the_errors_documented_for_the_same_matrix(name):
 
 def test_a_small_run_meets_theory_and_is_not_repeated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = [Entry("Low rank", LowRank(72), 0.326, 0.326), Entry("Unstructured", Unstructured(0.5), 0.2671)]
+    few = [Entry("Low rank", LowRank(72), 0.326, 0.326), Entry("Sparse", Sparse(0.5), 0.2671)]
     target = Target(
         "Small", "144 x 144", lambda _: torch.randn(144, 144, dtype=torch.float64), lambda _: iter(few), False
     )

@@ -6,14 +6,22 @@ from isogrid.fitting.descent import descend
 from isogrid.fitting.general import fit_general, fit_thoroughly
 from isogrid.fitting.low_rank import balance, dominant_inputs, leading_left, low_rank, truncated_svd
 from isogrid.fitting.metric import Metric, cholesky, squared_norm, widened
+from isogrid.fitting.pruning import PRUNERS, Kept, normalized, prune, pruned, refitted
 from isogrid.fitting.report import FitReport, OnStep, rank_bound, rank_errors
 from isogrid.fitting.shared_bases import shared_bases
 from isogrid.fitting.slices import fit_slices, project_slices
+from isogrid.fitting.supports import Groups, Pattern, sweep_supports
+from isogrid.fitting.sweep import Rounding, damped_moment, inverse_root, kept_of, largest_of_groups, sweep_columns
 
 __all__ = [
+    "PRUNERS",
     "FitReport",
+    "Groups",
+    "Kept",
     "Metric",
     "OnStep",
+    "Pattern",
+    "Rounding",
     "alternating_least_squares",
     "balance",
     "chain_bonds",
@@ -22,18 +30,28 @@ __all__ = [
     "chain_project",
     "chain_shapes",
     "cholesky",
+    "damped_moment",
     "descend",
     "dominant_inputs",
     "fit_general",
     "fit_slices",
     "fit_thoroughly",
+    "inverse_root",
+    "kept_of",
+    "largest_of_groups",
     "leading_left",
     "low_rank",
+    "normalized",
     "project_slices",
+    "prune",
+    "pruned",
     "rank_bound",
     "rank_errors",
+    "refitted",
     "shared_bases",
     "squared_norm",
+    "sweep_columns",
+    "sweep_supports",
     "truncated_svd",
     "widened",
 ]

@@ -19,7 +19,7 @@ from isogrid.formats.low_rank_light import LowRankLight
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.permuted import Permuted
 from isogrid.formats.product import Product
-from isogrid.formats.sparse import Unstructured
+from isogrid.formats.sparse import SemiStructured, Sparse
 from isogrid.formats.spelling import as_format, format_class, format_from_dict, registered
 from isogrid.formats.start import Component
 from isogrid.formats.sum import Sum
@@ -47,10 +47,11 @@ __all__ = [
     "Monarch",
     "Permuted",
     "Product",
+    "SemiStructured",
+    "Sparse",
     "Sum",
     "TensorTrain",
     "Traits",
-    "Unstructured",
     "as_format",
     "block_shuffle",
     "check_factors",

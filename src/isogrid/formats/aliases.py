@@ -9,6 +9,7 @@ from isogrid.errors import IsogridError
 from isogrid.formats.base import Format
 from isogrid.formats.block_tensor_train import BlockTensorTrain
 from isogrid.formats.monarch import Monarch
+from isogrid.formats.sparse import Sparse
 
 
 def block_shuffle(blocks: int = 4) -> Monarch:
@@ -36,7 +37,11 @@ def rank_one_monarch(blocks: int, out_features: int, in_features: int) -> BlockT
     return BlockTensorTrain(1, out_factors=(out_features // blocks, blocks), in_factors=(blocks, in_features // blocks))
 
 
-ALIASES: dict[str, Callable[..., Format]] = {"block_shuffle": block_shuffle, "rank_one_monarch": rank_one_monarch}
+ALIASES: dict[str, Callable[..., Format]] = {
+    "block_shuffle": block_shuffle,
+    "rank_one_monarch": rank_one_monarch,
+    "unstructured": Sparse,
+}
 
 
 def from_alias(name: str, hyper_parameters: dict[str, Any]) -> Format:

@@ -1,8 +1,9 @@
-"""Unstructured sparsity: any entries, as many as the budget allows; the reference line of the studies."""
+"""Matrices with zeros: a fraction of the entries anywhere, or some of every few neighbours in a row."""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -11,84 +12,56 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.fitting import Metric, cholesky
+from isogrid.fitting import PRUNERS, Kept, Metric, OnStep, kept_of, prune, pruned
 from isogrid.formats.base import Format
 from isogrid.formats.budget import Budget, Cost
 from isogrid.formats.checks import require_solver
 from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.start import Component, normal_
 from isogrid.formats.traits import Traits
-
-# Rows are refitted in groups of about this many numbers in their normal equations.
-REFIT_NUMBERS = 2**25
+from isogrid.kernels import pack_mask, packed_bytes, scattered, sparse_product, unpack_mask
 
 
 @dataclass(frozen=True)
-class Unstructured(Format):
-    """The entries that matter most, anywhere: density · out · in values and their positions.
+class Masked(Format):
+    """What formats of values and a mask share: ``values (nonzeros,)`` in row-major order, one bit an entry for where.
 
-    A reference, not a way to be fast: the product scatters the values into a dense matrix first. Its bits count the
-    positions (int32), which at float32 are half of what it stores.
-
-    Attributes:
-        density: fraction of the entries in (0, 1]; at least one entry is kept. None until `sized`.
+    The mask is packed row by row, ``(out, ceil(in / 8))`` bytes. A product with one to four rows of input reads the
+    values and the mask as they are stored, where native products are to be had; others scatter them into a dense matrix
+    first. `StructuredLinear.plan` takes whichever was measured to be faster.
     """
 
-    density: float | None = None
+    @abstractmethod
+    def kept(self, out_features: int, in_features: int) -> Kept:
+        """How many entries are kept and where they may lie."""
 
-    name: ClassVar[str] = "unstructured"
-    traits: ClassVar[Traits] = Traits(
-        exact_on_members=True, optimal=True, monotone_in_budget=True, linear_in_factors=True
-    )
-
-    def __post_init__(self) -> None:
-        if self.density is not None and not 0 < self.density <= 1:
-            raise IsogridError(f"unstructured: density is a fraction in (0, 1], got {self.density!r}")
-
+    @abstractmethod
     def nonzeros(self, out_features: int, in_features: int) -> int:
         """Number of entries kept."""
-        if self.density is None:
-            raise IsogridError("unstructured has no density yet: give density=… or call .sized(out, in, budget)")
-        return max(1, round(self.density * out_features * in_features))
 
     def factors(self, out_features: int, in_features: int) -> dict[str, Factor]:
-        """``values (nonzeros,)`` and ``positions (nonzeros,)`` int32, row-major and ascending."""
-        count = self.nonzeros(out_features, in_features)
-        return {"values": Factor((count,)), "positions": Factor((count,), torch.int32, "index")}
+        """``values (nonzeros,)`` and ``mask (out, ceil(in / 8))`` uint8, lowest bit first."""
+        return {
+            "values": Factor((self.nonzeros(out_features, in_features),)),
+            "mask": Factor((out_features, packed_bytes(in_features)), torch.uint8, "code"),
+        }
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """The values scattered into zeros."""
-        values = factors["values"]
-        flat = torch.zeros(out_features * in_features, dtype=values.dtype, device=values.device)
-        return flat.index_put((factors["positions"].long(),), values).view(out_features, in_features)
+        return scattered(factors["values"], factors["mask"], in_features)
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
-        """A dense product with the scattered matrix."""
-        return torch.nn.functional.linear(x, self.dense(factors, out_features, x.shape[-1]))
+        """From the stored bytes where rows are few, else a dense product with the scattered matrix."""
+        return sparse_product(x, factors["values"], factors["mask"])
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """None: there is no dense stage."""
         return []
 
     def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
-        """As stored; multiply-adds of the dense product that is really done."""
+        """As stored, the mask included; multiply-adds of a dense product: zeros save bytes, not operations."""
         counted = super().cost(out_features, in_features, dtype)
         return Cost(counted.parameters, out_features * in_features, counted.bits)
-
-    def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
-        """As many entries as fit."""
-        entry = replace(self, density=1.0).cost(1, 1, budget.dtype)
-        limit = budget.parameters if budget.parameters is not None else budget.bytes
-        assert limit is not None
-        count = min(limit // budget.amount(entry), out_features * in_features)
-        if count < 1:
-            raise BudgetError(
-                f"unstructured: one entry of a {out_features} x {in_features} matrix takes {budget.amount(entry)}, "
-                f"the budget is {budget}"
-            )
-        member = replace(self, density=count / (out_features * in_features))
-        assert member.nonzeros(out_features, in_features) == count
-        return member
 
     @torch.no_grad()
     def initialize(
@@ -98,58 +71,153 @@ class Unstructured(Format):
         in_features: int,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Random positions, values of the size that keeps variances."""
-        count = factors["positions"].numel()
+        """Random places, values of the size that keeps variances."""
+        count = factors["values"].numel()
         normal_(
             factors["values"],
-            math.sqrt(min(out_features, in_features) / (in_features * count / out_features)),
+            math.sqrt(min(out_features, in_features) / (in_features * max(count, 1) / out_features)),
             generator,
         )
-        drawn = torch.rand(out_features * in_features, generator=generator).topk(count).indices.sort().values
-        factors["positions"].copy_(drawn)
+        scores = torch.rand(out_features, in_features, generator=generator)
+        factors["mask"].copy_(pack_mask(self.kept(out_features, in_features).choose(scores)))
 
-    def solve(self, target: Tensor, metric: Metric | None, *, solver: str, **options: Any) -> Factors:
-        """The largest entries; under a metric those of the largest saliency, then refitted together.
+    def solve(
+        self,
+        target: Tensor,
+        metric: Metric | None,
+        *,
+        solver: str,
+        start: Factors | None,
+        generator: torch.Generator,
+        on_step: OnStep | None,
+        damping: float = 0.01,
+        sweeps: int = 30,
+        tolerance: float = 1e-3,
+        **options: Any,
+    ) -> Factors:
+        """The largest entries, which are optimal; under a metric, exact sweeps over the places and values of the rows.
 
-        Saliency is ``|W_ij| / (M⁻¹_jj)^½``, what leaving an entry out costs when the rest of its row makes up for
-        it (LeCun et al. 1990). Given the positions, each row is the exact minimiser. Solvers: default; "projection"
-        ignores the metric.
+        Solvers: default; "magnitude", "wanda", "sparsegpt", "nowag" as published (`isogrid.fitting.pruned`);
+        "projection" ignores the metric. Options: ``damping`` (0.01, of SparseGPT's Hessian), ``sweeps`` (30, at most)
+        and ``tolerance`` (1e-3, the relative decrease of a sweep at which to stop).
         """
-        require_solver(self, solver, ("default", "projection"))
+        require_solver(self, solver, ("default", *PRUNERS, "projection"))
+        if sweeps < 0:
+            raise IsogridError(f"{self.name}: its fit takes 0 sweeps or more, got sweeps={sweeps}")
         m, n = target.shape
-        count = self.nonzeros(m, n)
-        weighted = metric is not None and solver == "default"
-        score = target.abs()
-        if weighted and metric is not None:
-            score = score / torch.cholesky_inverse(metric.root).diagonal().sqrt()
-        # Ties go to the earlier entry, so that equal input gives equal output.
-        positions = score.flatten().sort(descending=True, stable=True).indices[:count].sort().values
-        if not weighted or metric is None:
-            return {"values": target.flatten()[positions], "positions": positions}
-        values = _refit(target, metric, positions)
-        return {"values": values, "positions": positions}
+        kept = self.kept(m, n)
+        if solver in PRUNERS:
+            values, mask = pruned(target, metric, kept, solver, damping)
+        else:
+            begin = None
+            if start is not None and metric is not None and solver == "default":
+                begin = self.dense(start, m, n), unpack_mask(start["mask"], n)
+            values, mask = prune(
+                target,
+                metric if solver == "default" else None,
+                kept,
+                start=begin,
+                damping=damping,
+                sweeps=sweeps,
+                tolerance=tolerance,
+                generator=generator,
+                on_step=on_step,
+            )
+        return {"values": values[mask], "mask": pack_mask(mask)}
 
 
-def _refit(target: Tensor, metric: Metric, positions: Tensor) -> Tensor:
-    """The best values at given positions, row by row: ``(T M)[i, s] M[s, s]⁻¹`` (fitting theory 3.4), batched."""
-    m, n = target.shape
-    moment, wish = metric.matrix, target @ metric.matrix
-    rows, columns = positions // n, positions % n
-    counts = torch.bincount(rows, minlength=m)
-    width = int(counts.max())
-    offset = counts.cumsum(0) - counts
-    place = torch.arange(positions.numel(), device=target.device) - offset[rows]
-    support = torch.zeros(m, width, dtype=torch.long, device=target.device)
-    support[rows, place] = columns
-    used = torch.zeros(m, width, dtype=torch.bool, device=target.device)
-    used[rows, place] = True
-    out = torch.zeros(m, width, dtype=target.dtype, device=target.device)
-    step = max(1, REFIT_NUMBERS // max(width * width, 1))
-    for start in range(0, m, step):
-        part = slice(start, start + step)
-        both = used[part].unsqueeze(2) & used[part].unsqueeze(1)
-        gram = moment[support[part].unsqueeze(2), support[part].unsqueeze(1)] * both
-        gram = gram + torch.diag_embed((~used[part]).to(target.dtype))  # unused places: one equation x = 0
-        right = wish[part].gather(1, support[part]) * used[part]
-        out[part] = torch.cholesky_solve(right.unsqueeze(-1), cholesky(gram))[..., 0]
-    return out[rows, place]
+@dataclass(frozen=True)
+class Sparse(Masked):
+    """The entries that matter most, anywhere: density · out · in values, and one bit an entry for where they are.
+
+    At a density of a half and 16-bit values 9 bits an entry. Fewer bytes, not fewer operations (see `Masked`).
+
+    Attributes:
+        density: fraction of the entries in (0, 1]; at least one entry is kept. None until `sized`.
+    """
+
+    density: float | None = None
+
+    name: ClassVar[str] = "sparse"
+    traits: ClassVar[Traits] = Traits(
+        exact_on_members=True, optimal=True, monotone_in_budget=True, linear_in_factors=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.density is not None and not 0 < self.density <= 1:
+            raise IsogridError(f"sparse: density is a fraction in (0, 1], got {self.density!r}")
+
+    def nonzeros(self, out_features: int, in_features: int) -> int:
+        """Number of entries kept."""
+        if self.density is None:
+            raise IsogridError("sparse has no density yet: give density=… or call .sized(out, in, budget)")
+        return max(1, round(self.density * out_features * in_features))
+
+    def kept(self, out_features: int, in_features: int) -> Kept:
+        """So many entries anywhere."""
+        return Kept(count=self.nonzeros(out_features, in_features))
+
+    def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
+        """As many entries as fit."""
+        least = replace(self, density=1 / (out_features * in_features)).cost(out_features, in_features, budget.dtype)
+        entry = 1 if budget.parameters is not None else budget.dtype.itemsize
+        left = budget.limit - budget.amount(least)
+        if left < 0:
+            raise BudgetError(
+                f"sparse: one entry of a {out_features} x {in_features} matrix, and where it is, takes "
+                f"{budget.amount(least)}, the budget is {budget}"
+            )
+        count = min(1 + left // entry, out_features * in_features)
+        member = replace(self, density=count / (out_features * in_features))
+        assert member.nonzeros(out_features, in_features) == count
+        return member
+
+
+@dataclass(frozen=True)
+class SemiStructured(Masked):
+    """``keep`` of every ``of`` neighbours in a row: keep / of · out · in values, and one bit an entry for where.
+
+    2:4, what some accelerators multiply by at twice the speed, takes 9/16 of the bytes of a dense matrix in 16-bit
+    numbers. Fewer bytes, not fewer operations here (see `Masked`). A last group that is shorter keeps as large a part,
+    rounded up.
+
+    Attributes:
+        keep: entries kept of a group; papers that count those pruned call it ``of - keep``.
+        of: entries of a group.
+    """
+
+    keep: int = 2
+    of: int = 4
+
+    name: ClassVar[str] = "semi_structured"
+    size_field: ClassVar[str] = "keep"
+    traits: ClassVar[Traits] = Traits(exact_on_members=True, optimal=True, linear_in_factors=True)
+
+    def __post_init__(self) -> None:
+        require_pattern(self.name, self.keep, self.of)
+
+    def size_limit(self, out_features: int, in_features: int) -> int:
+        """All of a group; less where a whole row is shorter than a group."""
+        return self.of * (min(in_features, self.of) - 1) // min(in_features, self.of) + 1 if in_features else 1
+
+    def nonzeros(self, out_features: int, in_features: int) -> int:
+        """Number of entries kept."""
+        return out_features * kept_in_row(in_features, self.keep, self.of)
+
+    def kept(self, out_features: int, in_features: int) -> Kept:
+        """So many of every group."""
+        return Kept(keep=self.keep, of=self.of)
+
+
+def kept_in_row(n: int, keep: int, of: int) -> int:
+    """Entries kept of a row of ``n``."""
+    return n // of * keep + kept_of(n % of, keep, of)
+
+
+def require_pattern(name: str, keep: int, of: int) -> None:
+    """Raise IsogridError unless ``keep`` of every ``of`` entries can be kept."""
+    for value in (keep, of):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise IsogridError(f"{name}: keep and of are positive integers, got keep={keep!r}, of={of!r}")
+    if keep > of:
+        raise IsogridError(f"{name}: keep={keep} of every of={of} entries are more than there are; take keep <= {of}")

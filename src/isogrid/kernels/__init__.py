@@ -1,9 +1,11 @@
 """Fast products that formats share."""
 
+from isogrid.kernels.bits import pack_codes, pack_mask, packed_bytes, unpack_codes, unpack_mask
 from isogrid.kernels.blocked import coupled_stages, dense_product, low_rank_product, one_stage, pad_features, two_stage
 from isogrid.kernels.derived import derived, derived_bytes, forget
 from isogrid.kernels.native import takes as native_takes
 from isogrid.kernels.native.build import cache_folder
+from isogrid.kernels.sparse import scattered, sparse_product
 
 __all__ = [
     "cache_folder",
@@ -15,6 +17,13 @@ __all__ = [
     "low_rank_product",
     "native_takes",
     "one_stage",
+    "pack_codes",
+    "pack_mask",
+    "packed_bytes",
     "pad_features",
+    "scattered",
+    "sparse_product",
     "two_stage",
+    "unpack_codes",
+    "unpack_mask",
 ]

@@ -24,7 +24,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "block_tensor_chain": ("#44AA99", "h"),
     "kronecker": ("#AA4499", "d"),
     "tensor_train": ("#117733", "*"),
-    "unstructured": ("#888888", "8"),
+    "sparse": ("#888888", "8"),
 }
 # A format that stands in no list gets one of these by its name, the same one in every figure.
 OTHER_COLORS = ("#882255", "#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100")

@@ -145,7 +145,7 @@ def run_image_compression(
         "rows": rows,
         "notes": [
             "Each colour channel is one matrix; parameters of all channels and photographs together.",
-            "Unstructured counts values only, not their positions, and is no image format: it is the reference line.",
+            "Sparse counts values only, not their positions, and is no image format: it is the reference line.",
             f"Contact sheet: sheet.png, {first} at {100 * SHEET_KEEP:g} %.",
         ],
     }

@@ -26,8 +26,8 @@ from isogrid.formats import (
     Kronecker,
     LowRank,
     LowRankLight,
+    Sparse,
     TensorTrain,
-    Unstructured,
 )
 from isogrid.formats.sizes import nearest_pair
 
@@ -165,7 +165,7 @@ def _large_gaussian(quick: bool) -> Iterator[Entry]:
         pair = (first, side // first)
         yield Entry("Kronecker", Kronecker(1, out_factors=pair, in_factors=pair), error / side)
     for density, error in {0.01: 1239.53, 0.1: 969.91, 0.3: 603.07, 0.5: 346.13, 0.75: 118.64}.items():
-        yield Entry("Unstructured", Unstructured(density), error / side, sparse_law(density))
+        yield Entry("Sparse", Sparse(density), error / side, sparse_law(density))
     blast = {
         4: {16: 1262.87, 64: 1165.16, 256: 776.00},
         8: {16: 1262.57, 64: 1158.26, 256: 742.84},
@@ -189,7 +189,7 @@ def _small_gaussian(quick: bool) -> Iterator[Entry]:
     for terms, error in {1: 0.99253, 4: 0.97095, 16: 0.89034, 64: 0.61507}.items():
         yield Entry("Kronecker sum", Kronecker(terms), error)
     for density, error in {0.02: 0.9250, 0.05: 0.8491, 0.1: 0.7492, 0.25: 0.5275, 0.5: 0.2684}.items():
-        yield Entry("Unstructured", Unstructured(density), error)
+        yield Entry("Sparse", Sparse(density), error)
     blast = {
         2: {32: 0.763, 64: 0.540, 96: 0.323},
         4: {32: 0.737, 64: 0.476, 96: 0.220},
@@ -215,7 +215,7 @@ def _picture(quick: bool) -> Iterator[Entry]:
         yield thesis_monarch(blocks, 128, 192, error)
     for blocks, rank, error in ((4, 4, 0.066), (8, 8, 0.024), (8, 16, 0.0116)):
         yield Entry(f"BLAST {blocks} x {blocks}", Blast(rank, blocks), error, options=_thorough(quick))
-    yield Entry("Unstructured", Unstructured(0.1), 0.847)
+    yield Entry("Sparse", Sparse(0.1), 0.847)
 
 
 def _first_layer(quick: bool) -> Iterator[Entry]:
@@ -232,7 +232,7 @@ def _first_layer(quick: bool) -> Iterator[Entry]:
     for rank, error in {16: 40.62, 32: 30.75, 64: 18.13, 96: 9.05}.items():
         yield Entry("BLAST 8 x 8", Blast(rank, 8), error / norm, options=_thorough(quick))
     for density, error in {0.05: 45.81, 0.2: 30.20, 0.5: 13.19}.items():
-        yield Entry("Unstructured", Unstructured(density), error / norm)
+        yield Entry("Sparse", Sparse(density), error / norm)
 
 
 def _thorough(quick: bool) -> dict[str, Any]:
