@@ -6,6 +6,7 @@ from isogrid.compress import CompressionReport, Milliseconds, Moments, collect_m
 from isogrid.errors import BudgetError, CheckpointError, IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import (
+    Armor,
     Blast,
     BlockDense,
     BlockDiagonal,
@@ -37,6 +38,7 @@ _install()
 __version__ = "0.1.0"
 
 __all__ = [
+    "Armor",
     "Blast",
     "BlockDense",
     "BlockDiagonal",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from isogrid import (
+    Armor,
     Blast,
     BlockDense,
     BlockDiagonal,
@@ -53,6 +54,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 KEEPS = (0.3, 0.6, 1.0)
 
 VARIANTS: dict[str, tuple[Format, ...]] = {
+    "armor": (Armor(block=4), Armor(block=5, keep=1, of=3), Armor(block=1)),
     "blast": (Blast(rank=5, blocks=3),),
     "block_dense": (BlockDense(rank=1, blocks=3), BlockDense(rank=1, blocks=1)),
     "block_diagonal": (BlockDiagonal(blocks=3, shuffle=True), BlockDiagonal(blocks=5)),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isogrid.fitting.metric import Metric, cholesky
+from isogrid.fitting.metric import Metric
 from isogrid.fitting.report import OnStep
 from isogrid.fitting.supports import SMALL_GROUP, Groups, Pattern, random_order, sweep_supports
 from isogrid.fitting.sweep import (
@@ -30,10 +30,8 @@ from isogrid.fitting.sweep import (
 PRUNERS = ("magnitude", "wanda", "sparsegpt", "nowag")
 # Added to norms that are divided by (NoWag).
 NORM_FLOOR = 1e-5
-# Rows are refitted in groups of about this many numbers in their normal equations.
-REFIT_NUMBERS = 2**25
-# Most multiply-adds of a last refit; larger matrices keep what the sweeps have reached.
-REFIT_WORK = 2**38
+# Most steps of a refit, and the part of a row's squared residual at which it rests.
+REFIT_STEPS, REFIT_RESOLUTION = 20, 1e-22
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,7 @@ def prune(
         generator=generator,
         on_step=on_step,
     )
-    width = float(mask.sum(1).double().pow(3).sum())
-    return (refitted(target, moment, mask) if width <= 3 * REFIT_WORK else values), mask
+    return refitted(target, moment, mask, values), mask
 
 
 def exchange(
@@ -184,7 +181,7 @@ def exchange(
         tried = torch.empty_like(values)
         tried[:, order] = mixed[0]
         chosen = largest(worth(tried, (target - tried) @ moment), count)
-        tried = _settled(target, moment, tried * chosen, chosen)
+        tried = refitted(target, moment, chosen, tried * chosen, steps=10)
         gradient_there = (target - tried) @ moment
         reached = float(((target - tried) * gradient_there).sum())
         if reached >= error * (1 - 1e-3):
@@ -201,14 +198,27 @@ def _worth_alone(moment: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda values, gradient: (gradient + values * diagonal).square() / diagonal
 
 
-def _settled(target: Tensor, moment: Tensor, values: Tensor, mask: Tensor, steps: int = 10) -> Tensor:
-    """Values on a fixed mask after a few steps of conjugate gradients, all rows at once."""
-    residual = ((target - values) @ moment) * mask
+def refitted(target: Tensor, moment: Tensor, mask: Tensor, values: Tensor, *, steps: int = REFIT_STEPS) -> Tensor:
+    """The best values at given places, from near ones: conjugate gradients on all rows at once.
+
+    Each row is the least-squares problem ``V[i, s] M[s, s] = (T M)[i, s]`` (fitting theory 3.4).
+
+    Args:
+        target: ``(out, in)`` float64.
+        moment: ``(in, in)`` positive definite.
+        mask: ``(out, in)`` booleans.
+        values: ``(out, in)``, zero outside the mask.
+        steps: most steps, each one product with the moment.
+    """
     scale = 1 / moment.diagonal()
-    preconditioned = residual * scale
-    direction = preconditioned
-    slope = (residual * preconditioned).sum(1, keepdim=True)
+    wish = (target @ moment) * mask
+    smallest = REFIT_RESOLUTION * (wish.square() * scale).sum(1, keepdim=True)
+    residual = wish - (values @ moment) * mask
+    direction = residual * scale
+    slope = (residual * direction).sum(1, keepdim=True)
     for _ in range(steps):
+        if not (slope > smallest).any():
+            break
         moved = (direction @ moment) * mask
         curvature = (direction * moved).sum(1, keepdim=True)
         length = torch.where(curvature > 0, slope / curvature, 0)
@@ -219,31 +229,3 @@ def _settled(target: Tensor, moment: Tensor, values: Tensor, mask: Tensor, steps
         direction = preconditioned + torch.where(slope > 0, new_slope / slope, 0) * direction
         slope = new_slope
     return values
-
-
-def refitted(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
-    """The best values at given places, row by row: ``(T M)[i, s] M[s, s]⁻¹`` (fitting theory 3.4), batched.
-
-    Args:
-        target: ``(out, in)`` float64.
-        moment: ``(in, in)`` positive definite.
-        mask: ``(out, in)`` booleans.
-    """
-    m = len(target)
-    wish = target @ moment
-    counts = mask.sum(1)
-    width = int(counts.max()) if m else 0
-    # Each row's places in order, then unused ones, which get the equation x = 0.
-    support = mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
-    used = torch.arange(width, device=target.device) < counts.unsqueeze(1)
-    out = torch.zeros_like(target)
-    step = max(1, REFIT_NUMBERS // max(width * width, 1))
-    for start in range(0, m, step):
-        part = slice(start, start + step)
-        both = used[part].unsqueeze(2) & used[part].unsqueeze(1)
-        gram = moment[support[part].unsqueeze(2), support[part].unsqueeze(1)] * both
-        gram = gram + torch.diag_embed((~used[part]).to(target.dtype))
-        right = wish[part].gather(1, support[part]) * used[part]
-        found = torch.cholesky_solve(right.unsqueeze(-1), cholesky(gram))[..., 0]
-        out[part] = out[part].scatter(1, support[part], found * used[part])
-    return out

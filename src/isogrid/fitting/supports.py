@@ -116,7 +116,7 @@ class Groups:
             if first == last:
                 continue
             sizes = range(size + 1) if pattern.keep is None else (kept_of(size, pattern.keep, of),)
-            supports = torch.cat([_supports(size, count) for count in sizes]).to(moment.device)
+            supports = torch.cat([supports_of(size, count) for count in sizes]).to(moment.device)
             diagonal_blocks = moment[first:last, first:last].reshape(-1, size, (last - first) // size, size)
             diagonal_blocks = diagonal_blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (groups, size, size)
             inverses = _inverses(diagonal_blocks, supports)
@@ -174,7 +174,7 @@ def _combinations(size: int, count: int) -> Sequence[tuple[int, ...]]:
     return list(itertools.islice(itertools.combinations(range(size), count), MOST_SUPPORTS + 1))
 
 
-def _supports(size: int, count: int) -> Tensor:
+def supports_of(size: int, count: int) -> Tensor:
     """``(choose(size, count), size)`` booleans."""
     chosen = list(itertools.combinations(range(size), count))
     mask = torch.zeros(len(chosen), size, dtype=torch.bool)

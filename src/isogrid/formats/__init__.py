@@ -1,6 +1,7 @@
 """What a matrix can be: one file per format."""
 
 from isogrid.formats.aliases import block_shuffle, rank_one_monarch
+from isogrid.formats.armor import Armor
 from isogrid.formats.base import Format
 from isogrid.formats.blast import Blast
 from isogrid.formats.block_dense import BlockDense
@@ -27,6 +28,7 @@ from isogrid.formats.tensor_train import TensorTrain
 from isogrid.formats.traits import Traits
 
 __all__ = [
+    "Armor",
     "Blast",
     "BlockDense",
     "BlockDiagonal",

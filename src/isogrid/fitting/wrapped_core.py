@@ -1,0 +1,202 @@
+"""A sparse core between two block-diagonal matrices, ``V = A S B`` (ARMOR, Liu et al. 2025), fitted block by block.
+
+Given the other two, each of A, B and one row of S is a least-squares problem with a closed form, under any metric M of
+the inputs. One round solves for A (all blocks at once), for the blocks of B in turn, and for the values and places of S
+row by row of the blocks (`Groups`). No part raises the error, which is asserted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from isogrid.fitting.report import OnStep
+from isogrid.fitting.supports import Groups, Pattern
+
+# Proximal term of the wrappers, relative to the mean diagonal of their equations: keeps what nothing depends on.
+PROXIMAL = 1e-6
+# A row of the core that reaches the output with less than this part of the strongest is left as it is.
+DEAD_ROW = 1e-12
+# By how much rounding may raise an error, relative to that of a matrix of zeros.
+ROUNDING = 1e-10
+
+
+@dataclass(frozen=True)
+class WrappedCore:
+    """``V = blockdiag(outer) · values · blockdiag(inner)``.
+
+    Attributes:
+        outer: ``(row blocks, a, a)``; the last may reach beyond ``out``, where it is not used.
+        values: ``(out, in)``, zero outside of ``mask``.
+        mask: ``(out, in)`` booleans.
+        inner: ``(column blocks, b, b)``.
+    """
+
+    outer: Tensor
+    values: Tensor
+    mask: Tensor
+    inner: Tensor
+
+    @property
+    def dense(self) -> Tensor:
+        """``(out, in)``."""
+        return blocks_times(self.outer, times_blocks(self.values, self.inner))
+
+
+def plain_core(values: Tensor, mask: Tensor, block: int) -> WrappedCore:
+    """A pruned matrix with identities around it; blocks are no larger than a side."""
+    sides = []
+    for size in values.shape:
+        side = max(min(block, size), 1)
+        identity = torch.eye(side, dtype=values.dtype, device=values.device)
+        sides.append(identity.repeat(-(-size // side), 1, 1))
+    return WrappedCore(sides[0], values, mask, sides[1])
+
+
+def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
+    """``rows (r, n) · blockdiag(blocks (k, b, b))``, ``k b >= n``, cut to n columns."""
+    k, b, _ = blocks.shape
+    padded = torch.nn.functional.pad(rows, (0, k * b - rows.shape[1])).view(len(rows), k, b)
+    return torch.bmm(padded.transpose(0, 1), blocks).transpose(0, 1).reshape(len(rows), k * b)[:, : rows.shape[1]]
+
+
+def blocks_times(blocks: Tensor, matrix: Tensor) -> Tensor:
+    """``blockdiag(blocks (k, a, a)) · matrix (m, n)``, ``k a >= m``, cut to m rows."""
+    return torch.bmm(blocks, in_blocks(matrix, blocks)).flatten(0, 1)[: len(matrix)]
+
+
+def in_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """``(m, n)`` as ``(k, a, n)``, zero rows appended."""
+    k, a, _ = blocks.shape
+    return torch.nn.functional.pad(matrix, (0, 0, 0, k * a - len(matrix))).view(k, a, -1)
+
+
+def fit_wrapped_core(
+    target: Tensor,
+    moment: Tensor,
+    start: WrappedCore,
+    pattern: Pattern,
+    *,
+    rounds: int,
+    tolerance: float,
+    on_step: OnStep | None = None,
+) -> WrappedCore:
+    """Exact block descent on ``tr((T - V) M (T - V)ᵀ)``, float64.
+
+    Args:
+        target: ``(out, in)``.
+        moment: ``(in, in)`` positive semidefinite; diagonal for the published objective.
+        start: where to begin.
+        pattern: of the core; few enough supports to try them all.
+        rounds: most rounds.
+        tolerance: stop when a round lowers the error by less than this part.
+        on_step: called with (round, error); 0 is the start.
+
+    Returns:
+        A core whose error is at most the start's.
+    """
+    whole = float(((target @ moment) * target).sum())
+    found, error = start, _error(target, moment, start)
+    if on_step is not None:
+        on_step(0, error)
+    for step in range(1, rounds + 1):
+        before = error
+        for part in (solve_outer, solve_inner):
+            found = part(target, moment, found)
+        found = sweep_core(target, moment, found, pattern)
+        reached = _error(target, moment, found)
+        assert reached <= before + ROUNDING * whole, f"block descent raised the error from {before} to {reached}"
+        error = reached
+        if on_step is not None:
+            on_step(step, error)
+        if before - error <= tolerance * before:
+            break
+    return found
+
+
+def solve_outer(target: Tensor, moment: Tensor, core: WrappedCore, proximal: float = PROXIMAL) -> WrappedCore:
+    """The best ``outer``, all blocks at once: ``A_i (C_i M C_iᵀ) = T_i M C_iᵀ`` with ``C_i = S_i B``."""
+    reached = in_blocks(times_blocks(core.values, core.inner), core.outer)  # (k, a, n)
+    weighted = reached @ moment
+    gram = weighted @ reached.mT
+    right = in_blocks(target, core.outer) @ weighted.mT
+    ridge = _ridge(gram, proximal)
+    right = right + core.outer * ridge.unsqueeze(-2)
+    return replace(core, outer=torch.linalg.solve(gram + torch.diag_embed(ridge), right, left=False))
+
+
+def solve_inner(target: Tensor, moment: Tensor, core: WrappedCore, proximal: float = PROXIMAL) -> WrappedCore:
+    """The best ``inner``, one block after the other: ``E_jᵀ E_j ΔB_j M_jj = E_jᵀ (T - V) M_:j`` with ``E = A S``."""
+    given = blocks_times(core.outer, core.values)  # E
+    residual = target - times_blocks(given, core.inner)
+    inner = core.inner.clone()
+    n, b = target.shape[1], inner.shape[1]
+    for j, first in enumerate(range(0, n, b)):
+        part = slice(first, min(first + b, n))
+        own = given[:, part]
+        gram, weight = own.mT @ own, moment[part, part]
+        right = (own.mT @ residual) @ moment[:, part]
+        left = gram + torch.diag_embed(_ridge(gram, proximal))
+        change = torch.linalg.solve(left, right)
+        change = torch.linalg.solve(weight + torch.diag_embed(_ridge(weight, proximal)), change, left=False)
+        size = part.stop - part.start
+        inner[j, :size, :size] += change
+        residual[:, part] -= own @ change
+    return replace(core, inner=inner)
+
+
+def sweep_core(target: Tensor, moment: Tensor, core: WrappedCore, pattern: Pattern) -> WrappedCore:
+    """The best places and values of every group of the core: the first rows of all blocks, then the second, and so on."""
+    m = len(target)
+    k, a, _ = core.outer.shape
+    reach = core.outer.mT @ core.outer  # K (k, a, a)
+    strength = reach.diagonal(dim1=-2, dim2=-1)
+    alive = (strength > DEAD_ROW * strength.max()).flatten()
+    alive[m:] = False  # rows of the last block that the core has not
+    alive = alive.view(k, a)
+    seen = times_blocks(times_blocks(moment, core.inner.mT).mT, core.inner.mT)  # N = B M Bᵀ
+    values, mask = in_blocks(core.values, core.outer).clone(), in_blocks(core.mask, core.outer).clone()
+    gradient = core.outer.mT @ in_blocks(times_blocks((target - core.dense) @ moment, core.inner.mT), core.outer)
+    groups = Groups(seen, pattern)
+    for r in range(a):
+        rows = alive[:, r].nonzero()[:, 0]
+        if not len(rows):
+            continue
+        new, places = values[rows, r], mask[rows, r]
+        groups.improve(new, places, gradient[rows, r] / strength[rows, r, None])
+        change = (new - values[rows, r]) @ seen
+        gradient[rows] -= reach[rows, :, r].unsqueeze(-1) * change.unsqueeze(1)
+        values[rows, r], mask[rows, r] = new, places
+    return replace(core, values=values.flatten(0, 1)[:m], mask=mask.flatten(0, 1)[:m])
+
+
+def settled(core: WrappedCore) -> WrappedCore:
+    """The same matrix with wrappers whose core-side vectors have unit mean square; unused parts are zero.
+
+    Scales pass freely between a wrapper and the core's rows or columns, and half precision wants them even.
+    """
+    m, n = core.values.shape
+    outer, inner = core.outer.clone(), core.inner.clone()
+    last_rows, last_columns = m - (len(outer) - 1) * outer.shape[1], n - (len(inner) - 1) * inner.shape[1]
+    outer[-1, last_rows:], outer[-1, :, last_rows:] = 0, 0
+    inner[-1, last_columns:], inner[-1, :, last_columns:] = 0, 0
+    rows = outer.square().mean(1).sqrt()  # (k, a): column r of a block meets row r of the core
+    columns = inner.square().mean(2).sqrt()
+    # A vector of zeros keeps its scale: nothing passes through it.
+    rows, columns = (torch.where(scale > 0, scale, 1) for scale in (rows, columns))
+    values = core.values * rows.flatten()[:m].unsqueeze(1) * columns.flatten()[:n]
+    return replace(core, outer=outer / rows.unsqueeze(1), inner=inner / columns.unsqueeze(2), values=values)
+
+
+def _ridge(gram: Tensor, proximal: float) -> Tensor:
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    ridge = proximal * diagonal.mean(-1, keepdim=True)
+    # A block that nothing reaches: any ridge does.
+    return torch.where(ridge > 0, ridge, 1).expand(diagonal.shape)
+
+
+def _error(target: Tensor, moment: Tensor, core: WrappedCore) -> float:
+    residual = target - core.dense
+    return float(((residual @ moment) * residual).sum())
