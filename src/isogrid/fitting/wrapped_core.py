@@ -148,7 +148,7 @@ def solve_inner(target: Tensor, moment: Tensor, core: WrappedCore, proximal: flo
 
 
 def sweep_core(target: Tensor, moment: Tensor, core: WrappedCore, pattern: Pattern) -> WrappedCore:
-    """The best places and values of every group of the core: the first rows of all blocks, then the second, and so on."""
+    """The best places and values of every group of the core: first rows of all blocks, then second ones, and so on."""
     m = len(target)
     k, a, _ = core.outer.shape
     reach = core.outer.mT @ core.outer  # K (k, a, a)

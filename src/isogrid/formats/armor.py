@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -120,6 +121,9 @@ class Armor(Format):
         stages = self.components(out_features, in_features)
         specs = self.factors(out_features, in_features)
         gaussian_start(factors, {stage.factor: specs[stage.factor] for stage in stages}, stages, generator)
+        for name, size in (("inner", in_features), ("outer", out_features)):
+            blocks, side, _ = factors[name].shape
+            factors[name][-1].mul_(math.sqrt(side / (size - (blocks - 1) * side)))  # it has fewer inputs than a side
 
     def sized(self, out_features: int, in_features: int, budget: Budget) -> Self:
         """The largest block: one that divides the sides badly takes more than a larger one, so all are asked."""
