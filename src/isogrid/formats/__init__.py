@@ -20,6 +20,7 @@ from isogrid.formats.low_rank_light import LowRankLight
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.permuted import Permuted
 from isogrid.formats.product import Product
+from isogrid.formats.quantized import Quantized
 from isogrid.formats.sparse import SemiStructured, Sparse
 from isogrid.formats.spelling import as_format, format_class, format_from_dict, registered
 from isogrid.formats.start import Component
@@ -49,6 +50,7 @@ __all__ = [
     "Monarch",
     "Permuted",
     "Product",
+    "Quantized",
     "SemiStructured",
     "Sparse",
     "Sum",
