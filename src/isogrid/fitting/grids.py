@@ -58,7 +58,7 @@ def grid_of(values: Tensor, bits: int, *, symmetric: bool, search: bool) -> tupl
     low, high = torch.where(empty, -1, low), torch.where(empty, 1, high)
 
     def spanned(part: float) -> tuple[Tensor, Tensor]:
-        scale = (high - low) * (part / most)
+        scale = (high - low) * part / most
         zero = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low * part / scale)
         return scale, zero
 

@@ -50,13 +50,13 @@ class Kept:
         return largest(scores, self.count)
 
     def choose_in_rows(self, scores: Tensor) -> Tensor:
-        """As `choose`, but every row keeps an equal number of entries."""
+        """As `choose`, but every row keeps an equal number of entries; of equal ones the later, as Wanda's sort has it."""
         if self.keep is not None:
             return largest_of_groups(scores, self.keep, self.of)
         assert self.count is not None
         rows, n = scores.shape
         even, more = divmod(self.count, rows)
-        order = scores.sort(dim=1, descending=True, stable=True).indices
+        order = scores.sort(dim=1, stable=True).indices.flip(1)
         # What is left over after equal numbers goes to the first rows.
         counts = even + (torch.arange(rows, device=scores.device) < more).long()
         ranked = torch.arange(n, device=scores.device) < counts.unsqueeze(1)

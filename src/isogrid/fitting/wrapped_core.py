@@ -192,9 +192,9 @@ def settled(core: WrappedCore) -> WrappedCore:
 
 def _ridge(gram: Tensor, proximal: float) -> Tensor:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = proximal * diagonal.mean(-1, keepdim=True)
+    mean = diagonal.mean(-1, keepdim=True)
     # A block that nothing reaches: any ridge does.
-    return torch.where(ridge > 0, ridge, 1).expand(diagonal.shape)
+    return torch.where(mean > 0, proximal * mean, 1).expand(diagonal.shape)
 
 
 def _error(target: Tensor, moment: Tensor, core: WrappedCore) -> float:
