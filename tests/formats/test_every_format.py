@@ -20,6 +20,7 @@ from isogrid import (
     Budget,
     BudgetError,
     Capped,
+    DenseSparse,
     Format,
     IsogridError,
     LowRank,
@@ -340,6 +341,9 @@ def expected_gain(fmt: Format, m: int, n: int) -> float:
         return 1.0  # its own start: the inputs that pass through have this RMS already
     if isinstance(fmt, Sum):
         return math.sqrt(sum(expected_gain(term, m, n) ** 2 for term in fmt.terms) / len(fmt.terms))
+    if isinstance(fmt, DenseSparse):  # the codes are no dense stage, but start as one
+        (atoms,) = fmt.components(m, n)
+        return min(1.0, math.sqrt(atoms.fan_out / atoms.fan_in)) * min(1.0, math.sqrt(m / atoms.outputs))
     if isinstance(fmt, Armor) or not fmt.components(m, n):  # its blocks are square, and a core is no dense stage
         return min(1.0, math.sqrt(m / n))  # no dense stage of its own: as a dense matrix starts
     return math.prod(min(1.0, math.sqrt(part.fan_out / part.fan_in)) for part in fmt.components(m, n))

@@ -195,7 +195,8 @@ def test_exact_sweeps_on_the_correlated_case() -> None:
         values, mask = pruned(weight, metric, Kept(keep=2, of=4), start, 0.01)
         whole, reached = loss(weight, torch.zeros_like(weight), metric.matrix), {}
         sweep_supports(
-            values, mask, weight, metric.matrix, Pattern(2, 4), sweeps=10, tolerance=0.0, generator=generator(),
+            values, mask, weight @ metric.matrix, metric.matrix, Pattern(2, 4),
+            whole=whole, sweeps=10, tolerance=0.0, generator=generator(),
             on_step=lambda step, error: reached.__setitem__(step, error / whole),  # noqa: B023
         )  # fmt: skip
         assert {step: reached[step] for step in errors} == pytest.approx(errors, abs=1e-6)

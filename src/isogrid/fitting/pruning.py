@@ -50,7 +50,7 @@ class Kept:
         return largest(scores, self.count)
 
     def choose_in_rows(self, scores: Tensor) -> Tensor:
-        """As `choose`, but every row keeps an equal number of entries; of equal ones the later, as Wanda's sort has it."""
+        """As `choose`, but every row keeps an equal number of entries; of equal ones the later, as Wanda sorts."""
         if self.keep is not None:
             return largest_of_groups(scores, self.keep, self.of)
         assert self.count is not None
@@ -145,12 +145,14 @@ def prune(
             start = sweep_columns(target, root, KeepMask(mask))[0], mask
         values, mask = exchange(target, moment, *start, sweeps=sweeps, generator=generator)
         pattern = Pattern(None, SMALL_GROUP)
+    wish = target @ moment
     values, mask = sweep_supports(
         values,
         mask,
-        target,
+        wish,
         moment,
         pattern,
+        whole=float((wish * target).sum()),
         sweeps=sweeps,
         tolerance=tolerance,
         generator=generator,

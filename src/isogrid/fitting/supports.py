@@ -46,23 +46,27 @@ class Pattern:
 def sweep_supports(
     values: Tensor,
     mask: Tensor,
-    target: Tensor,
+    wish: Tensor,
     moment: Tensor,
     pattern: Pattern,
     *,
+    whole: float,
     sweeps: int,
     tolerance: float,
     generator: torch.Generator,
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Lower ``tr((T - V) M (T - V)ᵀ)`` over the values and the support of V, float64.
+    """Lower ``whole - 2 tr(wish Vᵀ) + tr(V M Vᵀ)`` over the values and the support of V, float64.
+
+    With ``wish = T M`` and ``whole = tr(T M Tᵀ)`` that is the weighted error of V against T.
 
     Args:
         values: ``(out, in)``, zero outside the mask.
         mask: ``(out, in)`` booleans that obey the pattern.
-        target: ``(out, in)``.
-        moment: ``(in, in)`` positive definite.
+        wish: ``(out, in)``.
+        moment: ``(in, in)`` positive semidefinite.
         pattern: which supports are allowed.
+        whole: the error of a matrix of zeros.
         sweeps: most sweeps over all groups.
         tolerance: stop when a sweep lowers the error by less than this part.
         generator: of random orders, where the pattern needs them.
@@ -72,8 +76,8 @@ def sweep_supports(
         ``values`` and ``mask``, new tensors; the error is at most that of the start.
     """
     values, mask = values.clone(), mask.clone()
-    gradient = (target - values) @ moment
-    error = float(((target - values) * gradient).sum())
+    gradient = wish - values @ moment
+    error = whole - float(((wish + gradient) * values).sum())
     if on_step is not None:
         on_step(0, error)
     groups = Groups(moment, pattern) if pattern.tried_whole else None
@@ -87,8 +91,8 @@ def sweep_supports(
             Groups(moment[order][:, order], Pattern(None, SMALL_GROUP)).improve(*mixed)
             for piece, moved in zip((values, mask, gradient), mixed, strict=True):
                 piece[:, order] = moved
-        gradient = (target - values) @ moment  # free of the drift of the running gradient
-        error = float(((target - values) * gradient).sum())
+        gradient = wish - values @ moment  # free of the drift of the running gradient
+        error = whole - float(((wish + gradient) * values).sum())
         if on_step is not None:
             on_step(sweep, error)
         if before - error <= tolerance * before:
@@ -160,7 +164,7 @@ def _inverses(blocks: Tensor, supports: Tensor) -> Tensor:
     """
     groups, size, _ = blocks.shape
     diagonal = blocks.diagonal(dim1=-2, dim2=-1)
-    floor = RIDGE * diagonal.mean(-1, keepdim=True).clamp(min=torch.finfo(blocks.dtype).tiny)
+    floor = (RIDGE * diagonal.mean(-1, keepdim=True)).clamp(min=torch.finfo(blocks.dtype).tiny)
     ridged = blocks + torch.diag_embed(RIDGE * diagonal + floor)
     both = (supports.unsqueeze(2) & supports.unsqueeze(1)).to(blocks.dtype)  # (supports, size, size)
     outside = torch.diag_embed((~supports).to(blocks.dtype))

@@ -55,11 +55,12 @@ def plain_core(values: Tensor, mask: Tensor, block: int) -> WrappedCore:
     return WrappedCore(sides[0], values, mask, sides[1])
 
 
-def times_blocks(rows: Tensor, blocks: Tensor) -> Tensor:
-    """``rows (r, n) · blockdiag(blocks (k, b, b))``, ``k b >= n``, cut to n columns."""
-    k, b, _ = blocks.shape
-    padded = torch.nn.functional.pad(rows, (0, k * b - rows.shape[1])).view(len(rows), k, b)
-    return torch.bmm(padded.transpose(0, 1), blocks).transpose(0, 1).reshape(len(rows), k * b)[:, : rows.shape[1]]
+def times_blocks(rows: Tensor, blocks: Tensor, features: int | None = None) -> Tensor:
+    """``rows (r, …) · blockdiag(blocks (k, p, q))``, at most ``k p`` columns given, cut to ``features``, or as many."""
+    k, p, q = blocks.shape
+    features = rows.shape[1] if features is None else features
+    padded = torch.nn.functional.pad(rows, (0, k * p - rows.shape[1])).view(len(rows), k, p)
+    return torch.bmm(padded.transpose(0, 1), blocks).transpose(0, 1).reshape(len(rows), k * q)[:, :features]
 
 
 def blocks_times(blocks: Tensor, matrix: Tensor) -> Tensor:
@@ -128,23 +129,35 @@ def solve_outer(target: Tensor, moment: Tensor, core: WrappedCore, proximal: flo
 
 
 def solve_inner(target: Tensor, moment: Tensor, core: WrappedCore, proximal: float = PROXIMAL) -> WrappedCore:
-    """The best ``inner``, one block after the other: ``E_jᵀ E_j ΔB_j M_jj = E_jᵀ (T - V) M_:j`` with ``E = A S``."""
-    given = blocks_times(core.outer, core.values)  # E
-    residual = target - times_blocks(given, core.inner)
-    inner = core.inner.clone()
-    n, b = target.shape[1], inner.shape[1]
-    for j, first in enumerate(range(0, n, b)):
-        part = slice(first, min(first + b, n))
-        own = given[:, part]
+    """The best ``inner``, one block after the other."""
+    given = blocks_times(core.outer, core.values)
+    return replace(core, inner=solve_blocks(target, moment, given, core.inner, proximal))
+
+
+def solve_blocks(target: Tensor, moment: Tensor, given: Tensor, blocks: Tensor, proximal: float = PROXIMAL) -> Tensor:
+    """The best blocks B in ``V = E · blockdiag(B)``, one after the other: ``E_jᵀ E_j ΔB_j M_jj = E_jᵀ (T - V) M_:j``.
+
+    Args:
+        target: ``(out, in)``.
+        moment: ``(in, in)``.
+        given: E ``(out, …)``, at most ``k p`` columns.
+        blocks: where to begin, ``(k, p, q)`` with ``k q >= in``.
+        proximal: keeps what nothing depends on; any value lowers the error.
+    """
+    residual = target - times_blocks(given, blocks, target.shape[1])
+    blocks = blocks.clone()
+    _, p, q = blocks.shape
+    for j in range(len(blocks)):
+        rows = slice(j * p, min((j + 1) * p, given.shape[1]))
+        part = slice(j * q, min((j + 1) * q, target.shape[1]))
+        own = given[:, rows]
         gram, weight = own.mT @ own, moment[part, part]
         right = (own.mT @ residual) @ moment[:, part]
-        left = gram + torch.diag_embed(_ridge(gram, proximal))
-        change = torch.linalg.solve(left, right)
+        change = torch.linalg.solve(gram + torch.diag_embed(_ridge(gram, proximal)), right)
         change = torch.linalg.solve(weight + torch.diag_embed(_ridge(weight, proximal)), change, left=False)
-        size = part.stop - part.start
-        inner[j, :size, :size] += change
+        blocks[j, : change.shape[0], : change.shape[1]] += change
         residual[:, part] -= own @ change
-    return replace(core, inner=inner)
+    return blocks
 
 
 def sweep_core(target: Tensor, moment: Tensor, core: WrappedCore, pattern: Pattern) -> WrappedCore:

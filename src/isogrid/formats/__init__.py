@@ -13,6 +13,7 @@ from isogrid.formats.capped import Capped
 from isogrid.formats.checks import check_factors
 from isogrid.formats.circulant import Circulant
 from isogrid.formats.dense import Dense
+from isogrid.formats.dense_sparse import DenseSparse
 from isogrid.formats.factors import Factor, Factors, new_factors
 from isogrid.formats.kronecker import Kronecker
 from isogrid.formats.low_rank import LowRank
@@ -41,6 +42,7 @@ __all__ = [
     "Component",
     "Cost",
     "Dense",
+    "DenseSparse",
     "Factor",
     "Factors",
     "Format",
