@@ -70,11 +70,12 @@ def require_solver(fmt: Format, solver: str, known: Sequence[str]) -> None:
 
 
 def require_rank(fmt: Format, rank: int | None, limit: int | None = None) -> int:
-    """A given rank; raises IsogridError when it is missing, below 1 or above the limit."""
+    """A given rank, or size of another name; raises IsogridError when it is missing, below 1 or above the limit."""
+    what = fmt.size_field or "rank"
     if rank is None:
-        raise IsogridError(f"{fmt.name} has no rank yet: give rank=… or call .sized(out, in, budget)")
+        raise IsogridError(f"{fmt.name} has no {what} yet: give {what}=… or call .sized(out, in, budget)")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or (limit is not None and rank > limit):
-        raise IsogridError(f"{fmt.name}: rank {rank} is not in 1 … {limit if limit is not None else '∞'}")
+        raise IsogridError(f"{fmt.name}: {what} {rank} is not in 1 … {limit if limit is not None else '∞'}")
     return rank
 
 
