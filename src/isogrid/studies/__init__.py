@@ -9,6 +9,7 @@ from isogrid.studies.quality_ladder import run_quality_ladder
 from isogrid.studies.random_projection import run_random_projection
 from isogrid.studies.sentence_encoder import run_sentence_encoder
 from isogrid.studies.solver_quality import run_solver_quality
+from isogrid.studies.sparsity import run_sparsity
 from isogrid.studies.sst2_finetuning import run_sst2_finetuning
 from isogrid.studies.time_budget import run_time_budget
 
@@ -22,6 +23,7 @@ STUDIES = {
     "random_projection": run_random_projection,
     "sentence_encoder": run_sentence_encoder,
     "solver_quality": run_solver_quality,
+    "sparsity": run_sparsity,
     "sst2_finetuning": run_sst2_finetuning,
     "time_budget": run_time_budget,
 }
@@ -37,6 +39,7 @@ __all__ = [
     "run_random_projection",
     "run_sentence_encoder",
     "run_solver_quality",
+    "run_sparsity",
     "run_sst2_finetuning",
     "run_time_budget",
 ]

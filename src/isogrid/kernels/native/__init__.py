@@ -94,6 +94,7 @@ def _register_shapes() -> None:
         "turned": lambda x, w: rows(x, w.shape[0] * w.shape[2]),
         "gram": sums,
         "two_stage": lambda x, first, second, interleave, features: rows(x, features),
+        "sparse": lambda x, values, mask: rows(x, mask.shape[0]),
         "blast": lambda x, right, coupling, left, features: rows(x, features),
     }
     for name, shape in shapes.items():

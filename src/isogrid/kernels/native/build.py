@@ -17,7 +17,7 @@ from pathlib import Path
 import filelock
 import torch
 
-SOURCES = ("blocked.cpp", "gradients.cpp")
+SOURCES = ("blocked.cpp", "gradients.cpp", "sparse.cpp")
 HEADERS = ("few.h", "tiles.h", "turned.h")
 # Every processor that has the first has the others but the oldest ones; all are asked for at run time.
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
@@ -32,6 +32,7 @@ FLAGS = (
     "-mavx512vl",
     "-mavx512dq",
     "-mfma",
+    "-mpopcnt",
 )
 
 
