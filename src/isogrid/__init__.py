@@ -29,9 +29,11 @@ from isogrid.formats import (
     Quantized,
     SemiStructured,
     Sparse,
+    Stored,
     Sum,
     TensorTrain,
     Traits,
+    TritPlanes,
 )
 from isogrid.linear import StructuredLinear, convert
 
@@ -71,10 +73,12 @@ __all__ = [
     "Quantized",
     "SemiStructured",
     "Sparse",
+    "Stored",
     "StructuredLinear",
     "Sum",
     "TensorTrain",
     "Traits",
+    "TritPlanes",
     "collect_moments",
     "compress",
     "convert",

@@ -39,8 +39,10 @@ from isogrid import (
     Quantized,
     SemiStructured,
     Sparse,
+    Stored,
     Sum,
     TensorTrain,
+    TritPlanes,
 )
 from isogrid.formats import new_factors, registered
 
@@ -71,6 +73,19 @@ VARIANTS: dict[str, tuple[Format, ...]] = {
     "quantized": (Quantized(bits=3, group=5), Quantized(bits=1), Quantized(bits=8, group=None)),
     "semi_structured": (SemiStructured(keep=1, of=5), SemiStructured(keep=5, of=10)),
     "sparse": (Sparse(density=1.0),),
+    "stored": (
+        Stored(Dense()),
+        Stored(Permuted(Sum((LowRank(rank=1), Monarch(blocks=2)))), TritPlanes(planes=1, group=4)),
+        Stored(Capped(Kronecker()), TritPlanes(packing="base_three")),
+        Stored(LowRank(rank=5), TritPlanes(planes=3, group=5)),
+        Stored(Sparse(density=0.5)),
+    ),
+    "trit_planes": (
+        TritPlanes(planes=1, group=5),
+        TritPlanes(planes=3, group=4),
+        TritPlanes(group=7, packing="base_three"),
+        TritPlanes(planes=3, packing="base_three"),
+    ),
     "block_tensor_chain": (BlockTensorChain(rank=2, cores=4), BlockTensorChain(rank=3, cores=2)),
     "block_tensor_train": (
         BlockTensorTrain(rank=2, factorization="greedy"),
@@ -224,6 +239,8 @@ def uncounted(fmt: Format, m: int, n: int) -> int:
         return fmt.cost(m, n).multiply_adds
     if isinstance(fmt, Product):
         return sum(uncounted(part, *shape) for part, shape in zip(fmt.parts, fmt.shapes(m, n), strict=True))
+    if isinstance(fmt, Stored):
+        return uncounted(fmt.inner, m, n)
     if isinstance(fmt, Sum):
         return sum(uncounted(term, m, n) for term in fmt.terms)
     return sum(spec.numel for spec in fmt.factors(m, n).values() if spec.role == "gain")

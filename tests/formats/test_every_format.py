@@ -28,6 +28,7 @@ from isogrid import (
     Metric,
     Monarch,
     Permuted,
+    Stored,
     Sum,
 )
 from isogrid.fitting import squared_norm
@@ -339,6 +340,8 @@ def expected_gain(fmt: Format, m: int, n: int) -> float:
     """RMS of the outputs for white inputs of RMS one."""
     if isinstance(fmt, LowRankLight):
         return 1.0  # its own start: the inputs that pass through have this RMS already
+    if isinstance(fmt, Stored):
+        return expected_gain(fmt.inner, m, n)  # codes lose little of the numbers' size
     if isinstance(fmt, Sum):
         return math.sqrt(sum(expected_gain(term, m, n) ** 2 for term in fmt.terms) / len(fmt.terms))
     if isinstance(fmt, DenseSparse):  # the codes are no dense stage, but start as one

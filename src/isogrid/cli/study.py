@@ -22,7 +22,11 @@ def study(
     seed: Seed = 0,
     quick: Quick = False,
     part: Annotated[
-        str | None, typer.Option(help="Of a study with parts; quality_ladder: formats, steps, stories, auto, welore.")
+        str | None,
+        typer.Option(
+            help="Of a study with parts; quality_ladder: formats, steps, stories, auto, welore; "
+            "trit_quality: encoder, stories, smollm."
+        ),
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the parameters kept, of quality_ladder.")] = None,
     full: Annotated[bool, typer.Option(help="The long setting of a study that has one.")] = False,

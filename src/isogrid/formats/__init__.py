@@ -25,9 +25,11 @@ from isogrid.formats.quantized import Quantized
 from isogrid.formats.sparse import SemiStructured, Sparse
 from isogrid.formats.spelling import as_format, format_class, format_from_dict, registered
 from isogrid.formats.start import Component
+from isogrid.formats.stored import Stored
 from isogrid.formats.sum import Sum
 from isogrid.formats.tensor_train import TensorTrain
 from isogrid.formats.traits import Traits
+from isogrid.formats.trit_planes import TritPlanes
 
 __all__ = [
     "Armor",
@@ -55,9 +57,11 @@ __all__ = [
     "Quantized",
     "SemiStructured",
     "Sparse",
+    "Stored",
     "Sum",
     "TensorTrain",
     "Traits",
+    "TritPlanes",
     "as_format",
     "block_shuffle",
     "check_factors",

@@ -34,6 +34,8 @@ class Format(ABC):
     traits: ClassVar[Traits] = Traits()
     size_field: ClassVar[str | None] = None
     """The integer hyper-parameter that a budget moves; larger costs more."""
+    chain: ClassVar[tuple[str, ...]] = ()
+    """Factors whose product is the matrix, the one applied first named first; () where it is more than a product."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

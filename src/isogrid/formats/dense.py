@@ -21,6 +21,7 @@ class Dense(Format):
     """``W`` itself, ``(out, in)``: out · in parameters."""
 
     name: ClassVar[str] = "dense"
+    chain: ClassVar[tuple[str, ...]] = ("matrix",)
     traits: ClassVar[Traits] = Traits(
         exact_on_members=True,
         optimal=True,

@@ -33,6 +33,7 @@ class LowRank(Format):
 
     name: ClassVar[str] = "low_rank"
     size_field: ClassVar[str] = "rank"
+    chain: ClassVar[tuple[str, ...]] = ("right", "left")
     traits: ClassVar[Traits] = Traits(
         exact_on_members=True,
         optimal=True,

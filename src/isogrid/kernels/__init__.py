@@ -6,8 +6,10 @@ from isogrid.kernels.derived import derived, derived_bytes, forget
 from isogrid.kernels.native import takes as native_takes
 from isogrid.kernels.native.build import cache_folder
 from isogrid.kernels.sparse import scattered, sparse_product
+from isogrid.kernels.trits import PACKINGS, pack_trits, row_bytes, trit_matrix, trit_product, unpack_trits
 
 __all__ = [
+    "PACKINGS",
     "cache_folder",
     "coupled_stages",
     "dense_product",
@@ -19,11 +21,16 @@ __all__ = [
     "one_stage",
     "pack_codes",
     "pack_mask",
+    "pack_trits",
     "packed_bytes",
     "pad_features",
+    "row_bytes",
     "scattered",
     "sparse_product",
+    "trit_matrix",
+    "trit_product",
     "two_stage",
     "unpack_codes",
     "unpack_mask",
+    "unpack_trits",
 ]

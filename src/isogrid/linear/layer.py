@@ -186,12 +186,13 @@ class StructuredLinear(nn.Module):
         """How inference multiplies so many rows: "structured" or "dense", by measured times where there are any.
 
         The dense product keeps the whole matrix in memory (see `memory`). ``layer.product = "structured"`` rules it
-        out, "dense" rules it in.
+        out, "dense" rules it in. A layer of codes is never multiplied densely unasked: its memory is what it is for.
         """
         if self.product != "auto":
             return self.product
         like = self.floating_factor()
-        if like.device.type != "cpu":
+        specs = self.format.factors(self.out_features, self.in_features).values()
+        if like.device.type != "cpu" or any(spec.role == "code" for spec in specs):
             return "structured"
         label = self.format.label()
         times = speed_table().times(label, self.out_features, self.in_features, like.dtype, rows)

@@ -12,6 +12,7 @@ from isogrid.studies.solver_quality import run_solver_quality
 from isogrid.studies.sparsity import run_sparsity
 from isogrid.studies.sst2_finetuning import run_sst2_finetuning
 from isogrid.studies.time_budget import run_time_budget
+from isogrid.studies.trit_quality import run_trit_quality
 
 STUDIES = {
     "advice": run_advice,
@@ -26,6 +27,7 @@ STUDIES = {
     "sparsity": run_sparsity,
     "sst2_finetuning": run_sst2_finetuning,
     "time_budget": run_time_budget,
+    "trit_quality": run_trit_quality,
 }
 
 __all__ = [
@@ -42,4 +44,5 @@ __all__ = [
     "run_sparsity",
     "run_sst2_finetuning",
     "run_time_budget",
+    "run_trit_quality",
 ]

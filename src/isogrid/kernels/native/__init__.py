@@ -96,6 +96,11 @@ def _register_shapes() -> None:
         "two_stage": lambda x, first, second, interleave, features: rows(x, features),
         "sparse": lambda x, values, mask: rows(x, mask.shape[0]),
         "blast": lambda x, right, coupling, left, features: rows(x, features),
+        "trits": lambda x, codes, scales, group, thirds: rows(x, codes.shape[0]),
+        "trit_matrix": lambda codes, scales, columns, group, thirds: scales.new_empty(codes.shape[0], columns),
+        "trit_sums": lambda codes, values, planes, group, thirds: values.new_empty(
+            codes.shape[0], -(-values.shape[1] // group), planes
+        ),
     }
     for name, shape in shapes.items():
         library.register_fake(f"isogrid::{name}", shape)

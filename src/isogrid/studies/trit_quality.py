@@ -1,0 +1,256 @@
+"""What trit planes cost a model: the published loop, many starts and error feedback, between roundings to 3 and 4 bits.
+
+Quality is judged on models that were trained in float32. SmolLM2 comes here from a file of 4 bits: what fits its grid
+loses less than it would elsewhere, so it is only reported.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.compress import as_batches, compress, dense_parameters, select_layers, stored_bytes
+from isogrid.data import load_pretrained, load_sts, load_text, token_windows
+from isogrid.errors import IsogridError
+from isogrid.evaluation import perplexity, sts_spearman
+from isogrid.formats import Format, TritPlanes
+from isogrid.linear import linear_matrix
+from isogrid.report import describe_machine, progress, today, write_report
+from isogrid.studies.quality_ladder import stories_subject
+from isogrid.studies.rows import Say, gap, remembered, row_of
+
+PARTS = ("encoder", "stories", "smollm")
+GROUP = 128
+SENTENCES = 4096
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row: how the matrices are written."""
+
+    key: str
+    label: str
+    format: Format | None = None
+    bits: int = 0
+    calibrated: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _planes(key: str, label: str, planes: int = 2, *, calibrated: bool = False, **options: Any) -> Way:
+    return Way(key, label, TritPlanes(planes=planes, group=GROUP), calibrated=calibrated, options=options)
+
+
+WAYS = (
+    Way("rounded3", "Rounding, 3 bits", bits=3),
+    Way("rounded4", "Rounding, 4 bits", bits=4),
+    _planes("published", "2 planes, published loop", solver="ptqtp"),
+    _planes("plain", "2 planes, many starts", solver="multistart"),
+    _planes("moved", "2 planes, many starts, biases moved", calibrated=True, solver="multistart"),
+    _planes("diagonal", "2 planes, weighted", calibrated=True, solver="diagonal"),
+    _planes("feedback", "2 planes, column feedback", calibrated=True, solver="feedback"),
+    _planes("default", "2 planes, feedback and sweeps", calibrated=True),
+    _planes("one", "1 plane, feedback and sweeps", 1, calibrated=True),
+    _planes("three_plain", "3 planes, many starts", 3, solver="multistart"),
+    _planes("three", "3 planes, feedback and sweeps", 3, calibrated=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The model of a part, what it is calibrated on, and how it is judged."""
+
+    name: str
+    model: nn.Module
+    batches: list[Any]
+    calibration: str
+    evaluation: str
+    quality: dict[str, str]
+    judge: Callable[[nn.Module], float]
+
+
+def run_trit_quality(
+    out: Path,
+    *,
+    part: str = "encoder",
+    quick: bool = False,
+    seed: int = 0,
+    data_dir: Path | None = None,
+    command: str = "isogrid study trit_quality",
+    say: Say = print,
+) -> dict[str, Any]:
+    """One model in trit planes, by every solver.
+
+    Args:
+        out: folder; the table is written to ``out/part``. Rows are kept in ``runs/study/trit_quality``.
+        part: "encoder", the sentence encoder on STS-B; "stories", the smallest language model; "smollm", SmolLM2.
+        quick: less calibration.
+        seed: of the fits.
+        data_dir: where data is looked up first.
+        command: the command line, for the page.
+        say: told what happens.
+
+    Returns:
+        The data of the table.
+
+    Raises:
+        IsogridError: unknown part.
+    """
+    if part not in PARTS:
+        raise IsogridError(f"trit_quality has the parts {', '.join(PARTS)}; got {part!r}")
+    minutes = {"encoder": 12, "stories": 2, "smollm": 55}[part]
+    say(f"{len(WAYS)} rows; about {minutes} minutes on two cores, less for rows that are there already")
+    case = {"encoder": _encoder, "stories": _stories, "smollm": _smollm}[part](quick, data_dir)
+    settings: dict[str, Any] = {
+        "calibration": case.calibration,
+        "evaluation": case.evaluation,
+        "group": GROUP,
+        "seed": seed,
+    }
+    runs = Path("runs/study/trit_quality") / part
+
+    def dense_row() -> dict[str, Any]:
+        return {
+            "label": "Dense",
+            "format": "dense",
+            "calibrated": False,
+            "achieved_keep": 1.0,
+            "parameters": dense_parameters(select_layers(case.model)),
+            "bytes": stored_bytes(case.model),
+            "quality": case.judge(case.model),
+        }
+
+    dense = remembered(runs, "dense", settings, dense_row)
+    rows = []
+    for way in WAYS:
+        rows.append(remembered(runs, way.key, settings, partial(_row, way, case, seed)))
+        last = rows[-1]
+        if case.quality["better"] == "lower":
+            last["gap"] = gap(last["quality"], dense["quality"])
+        say(f"{way.label}: {last['quality']:.4f} (dense {dense['quality']:.4f}), {last['bits']:.2f} bits a weight")
+    from isogrid import __version__
+
+    result = {
+        "title": f"Trit planes: {case.name}",
+        "command": command,
+        "model": case.name,
+        "created": today(),
+        "machine": describe_machine(__version__),
+        "settings": settings,
+        "quality": case.quality,
+        "dense": dense,
+        "rows": rows,
+        "notes": [
+            f"Rounding: to the nearest of evenly spaced values between the least and the largest of {GROUP} weights. "
+            "Bits a weight count codes and scales as they are stored here, scales in the model's dtype; of roundings, "
+            "codes and two numbers a group.",
+            "Calibrated rows move the mean error into biases, where there are any; «biases moved» does nothing else.",
+        ],
+    }
+    write_report(result, out / part)
+    return result
+
+
+def _row(way: Way, case: Case, seed: int) -> dict[str, Any]:
+    smaller = copy.deepcopy(case.model)
+    layers = select_layers(smaller)
+    numbers = sum(linear_matrix(layer).numel() for layer in layers.values())
+    if way.format is None:
+        bits = 0
+        with torch.no_grad():
+            for layer in layers.values():
+                weight = linear_matrix(layer)
+                weight.copy_(rounded(weight, way.bits, GROUP))
+                groups = weight.shape[0] * -(-weight.shape[1] // GROUP)
+                bits += way.bits * weight.numel() + 2 * groups * weight.element_size() * 8
+        return {
+            "label": f"{way.label}, {bits / numbers:.2f} bits",
+            "format": f"rounding to {way.bits} bits",
+            "calibrated": False,
+            "requested_keep": None,
+            "achieved_keep": 1.0,
+            "parameters": numbers,
+            "bytes": stored_bytes(case.model) - sum(linear_matrix(one).nbytes for one in layers.values()) + bits // 8,
+            "bits": bits / numbers,
+            "quality": case.judge(smaller),
+        }
+    with progress(way.label, len(layers)) as step:
+        report = compress(
+            smaller,
+            way.format,
+            calibration=case.batches if way.calibrated else None,
+            seed=seed,
+            on_layer=lambda layer: step(layer.name),
+            **way.options,
+        )
+    bits = sum(
+        layer.format.cost(layer.out_features, layer.in_features, torch.get_default_dtype()).bits
+        for layer in report.layers
+    )
+    row = row_of(report, f"{way.label}, {bits / numbers:.2f} bits", calibrated=way.calibrated)
+    return row | {"bits": bits / numbers, "requested_keep": None, "quality": case.judge(smaller)}
+
+
+def rounded(matrix: Tensor, bits: int, group: int) -> Tensor:
+    """Every group of a row rounded to ``2^bits`` evenly spaced values, one of them 0, from its least to its largest."""
+    rows, columns = matrix.shape
+    parts = []
+    for own in matrix.split(group, 1):
+        low, high = own.amin(1, keepdim=True).clamp(max=0), own.amax(1, keepdim=True).clamp(min=0)
+        scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(matrix.dtype).tiny)
+        zero = (-low / scale).round()
+        parts.append(scale * (((own / scale).round() + zero).clamp(0, 2**bits - 1) - zero))
+    return torch.cat(parts, 1).view(rows, columns)
+
+
+def _encoder(quick: bool, data_dir: Path | None) -> Case:
+    model, tokenizer = load_pretrained("minilm")
+    train, dev = load_sts("train", data_dir), load_sts("dev", data_dir)
+    sentences = list(dict.fromkeys([*train.first, *train.second]))[: 512 if quick else SENTENCES]
+    return Case(
+        "all-MiniLM-L6-v2",
+        model,
+        as_batches(sentences, tokenizer, 128),
+        f"{len(sentences)} sentences of STS-B train, without scores",
+        f"STS-B dev, all {len(dev.scores)} pairs",
+        {"name": "Spearman", "better": "higher"},
+        lambda one: sts_spearman(one, tokenizer, dev),
+    )
+
+
+def _stories(quick: bool, data_dir: Path | None) -> Case:
+    subject = stories_subject(quick, data_dir)
+    return Case(
+        subject.name,
+        subject.model,
+        as_batches(subject.calibration),
+        f"{len(subject.calibration)} windows of {subject.calibration.shape[1]} tokens that the model tells",
+        f"{len(subject.evaluation)} other stories that the model tells",
+        {"name": "perplexity", "better": "lower"},
+        lambda one: perplexity(one, subject.evaluation).perplexity,
+    )
+
+
+def _smollm(quick: bool, data_dir: Path | None) -> Case:
+    model, tokenizer = load_pretrained("smollm2-135m")
+
+    def windows(name: str, count: int) -> Tensor:
+        return token_windows(tokenizer, load_text(name, data_dir), 512, count)
+
+    evaluation = windows("wikitext2:evaluation", 4 if quick else 32)
+    calibration = windows("wikitext2:calibration", 8 if quick else 64)
+    return Case(
+        "SmolLM2-135M-Instruct, from a file of 4 bits",
+        model,
+        as_batches(calibration),
+        f"{len(calibration)} windows of 512 tokens",
+        f"{len(evaluation)} windows of the other half of the articles",
+        {"name": "perplexity", "better": "lower"},
+        lambda one: perplexity(one, evaluation).perplexity,
+    )
