@@ -19,6 +19,7 @@ from isogrid.fitting.wrapped_core import (
     settled,
     solve_inner,
     solve_outer,
+    sweep_apart,
     sweep_core,
     times_blocks,
 )
@@ -236,3 +237,11 @@ def test_dead_inputs_and_rows() -> None:
         factors = Armor(4).fit(weight, Metric.from_rows(rows), solver=solver, iterations=50)
         assert all(torch.isfinite(value.double()).all() for value in factors.values())
         assert Armor(4).dense(factors, 10, 16)[3].abs().max() < 1e-9
+
+
+def test_blocks_apart_are_swept_as_blocks_together() -> None:
+    target, power, core = proxy_problem(8)
+    core = WrappedCore(core.outer + 0.2 * gaussian(8, 8, 8), core.values, core.mask, core.inner)
+    one, other = (sweep(target, torch.diag(power), core, PATTERN) for sweep in (sweep_core, sweep_apart))
+    assert torch.equal(one.mask, other.mask)
+    assert torch.allclose(one.values, other.values, rtol=1e-8, atol=1e-10)

@@ -123,7 +123,7 @@ class Groups:
             supports = torch.cat([supports_of(size, count) for count in sizes]).to(moment.device)
             diagonal_blocks = moment[first:last, first:last].reshape(-1, size, (last - first) // size, size)
             diagonal_blocks = diagonal_blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (groups, size, size)
-            inverses = _inverses(diagonal_blocks, supports)
+            inverses = solved_supports(diagonal_blocks, supports)
             self.solved += [
                 (first + g * size, first + (g + 1) * size, supports, inverses[g]) for g in range(len(inverses))
             ]
@@ -155,8 +155,8 @@ class Groups:
             gradient -= change @ self.moment[first:last]
 
 
-def _inverses(blocks: Tensor, supports: Tensor) -> Tensor:
-    """``(groups, size, supports · size)``: a row times it is the least-squares solution for each support.
+def solved_supports(blocks: Tensor, supports: Tensor) -> Tensor:
+    """``(groups, size, supports · size)``: a row times it is the least-squares solution on each support.
 
     Args:
         blocks: ``(groups, size, size)`` of the metric.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting.report import OnStep
-from isogrid.fitting.supports import Groups, Pattern
+from isogrid.fitting.supports import Groups, Pattern, solved_supports, supports_of
 
 # Proximal term of the wrappers, relative to the mean diagonal of their equations: keeps what nothing depends on.
 PROXIMAL = 1e-6
@@ -99,6 +99,10 @@ def fit_wrapped_core(
         A core whose error is at most the start's.
     """
     whole = float(((target @ moment) * target).sum())
+    side = start.inner.shape[1]
+    # Inputs that don't see each other leave the blocks of a row of the core on their own.
+    apart = target.shape[1] % side == 0 and side % pattern.of == 0 and torch.equal(moment, moment.diagonal().diag())
+    sweep = sweep_apart if apart else sweep_core
     found, error = start, _error(target, moment, start)
     if on_step is not None:
         on_step(0, error)
@@ -106,7 +110,7 @@ def fit_wrapped_core(
         before = error
         for part in (solve_outer, solve_inner):
             found = part(target, moment, found)
-        found = sweep_core(target, moment, found, pattern)
+        found = sweep(target, moment, found, pattern)
         reached = _error(target, moment, found)
         assert reached <= before + ROUNDING * whole, f"block descent raised the error from {before} to {reached}"
         error = reached
@@ -183,6 +187,50 @@ def sweep_core(target: Tensor, moment: Tensor, core: WrappedCore, pattern: Patte
         gradient[rows] -= reach[rows, :, r].unsqueeze(-1) * change.unsqueeze(1)
         values[rows, r], mask[rows, r] = new, places
     return replace(core, values=values.flatten(0, 1)[:m], mask=mask.flatten(0, 1)[:m])
+
+
+def sweep_apart(target: Tensor, moment: Tensor, core: WrappedCore, pattern: Pattern) -> WrappedCore:
+    """`sweep_core` under a diagonal metric: one group of every block at a time, all blocks together.
+
+    The side of the inner blocks divides ``in``, and is a multiple of the pattern's.
+    """
+    assert pattern.keep is not None
+    m, (k, a, _), (columns, b, _), of = len(target), core.outer.shape, core.inner.shape, pattern.of
+    supports = supports_of(of, pattern.keep).to(target.device)
+    reach = core.outer.mT @ core.outer  # K (k, a, a)
+    strength = reach.diagonal(dim1=-2, dim2=-1)
+    alive = (strength > DEAD_ROW * strength.max()).flatten()
+    alive[m:] = False
+    alive, power = alive.view(k, a), moment.diagonal()
+    seen = core.inner * power.view(columns, 1, b) @ core.inner.mT  # N (columns, b, b)
+    solved = [solved_supports(seen[:, g : g + of, g : g + of], supports) for g in range(0, b, of)]
+
+    def dealt(matrix: Tensor) -> Tensor:
+        return in_blocks(matrix, core.outer).view(k, a, columns, b).permute(2, 0, 1, 3).contiguous()
+
+    values, mask = dealt(core.values), dealt(core.mask)  # (columns, k, a, b)
+    back = times_blocks((target - core.dense) * power, core.inner.mT)
+    gradient = dealt((core.outer.mT @ in_blocks(back, core.outer)).flatten(0, 1))
+    inverse = torch.where(alive, 1 / torch.where(alive, strength, 1), 0)
+    for r in range(a):
+        for number, inverses in enumerate(solved):
+            group = slice(number * of, (number + 1) * of)
+            old = values[:, :, r, group]
+            wish = gradient[:, :, r, group] * inverse[:, r, None] + torch.bmm(old, seen[:, group, group])
+            found = torch.bmm(wish, inverses).view(columns, k, len(supports), of)
+            best = (found * wish.unsqueeze(2)).sum(-1).argmax(-1)
+            new = found.gather(2, best[..., None, None].expand(columns, k, 1, of)).squeeze(2)
+            keeps = alive[:, r, None]
+            new = torch.where(keeps, new, old)
+            change = torch.bmm(new - old, seen[:, group])  # (columns, k, b)
+            gradient -= reach[:, :, r].unsqueeze(-1) * change.unsqueeze(2)
+            values[:, :, r, group] = new
+            mask[:, :, r, group] = torch.where(keeps, supports[best], mask[:, :, r, group])
+
+    def together(blocks: Tensor) -> Tensor:
+        return blocks.permute(1, 2, 0, 3).reshape(k * a, columns * b)[:m]
+
+    return replace(core, values=together(values), mask=together(mask))
 
 
 def settled(core: WrappedCore) -> WrappedCore:
