@@ -24,7 +24,7 @@ def test_sizes_are_those_of_the_rungs() -> None:
             assert bits_of(plan, LAYERS) == 9
             continue
         assert bits_of(plan, LAYERS) <= line
-        assert bits_of(plan, LAYERS) >= 0.9 * line or method.key == "gptq", "bits come in whole numbers"
+        assert bits_of(plan, LAYERS) >= 0.9 * line or method.key in ("gptq", "trit_planes"), "whole numbers of bits"
         for name, member in plan.members.items():
             m, n = LAYERS[name].weight.shape
             assert member.cost(m, n, torch.bfloat16).bytes <= WRAPPED.cost(m, n, torch.bfloat16).bytes

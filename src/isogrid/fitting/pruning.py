@@ -130,9 +130,10 @@ def prune(
     Without a metric the largest entries, which are optimal. Arguments and result are those of `pruned`; ``sweeps``,
     ``tolerance`` and ``on_step`` those of `sweep_supports`.
     """
-    if metric is None:
-        mask = kept.choose(target.abs())
-        return target * mask, mask
+    largest_entries = kept.choose(target.abs())
+    # A matrix that is as sparse already is its own best fit under any metric.
+    if metric is None or not target[~largest_entries].any():
+        return target * largest_entries, largest_entries
     moment = metric.matrix
     if kept.keep is not None:
         values, mask = pruned(target, metric, kept, "sparsegpt", damping) if start is None else start
