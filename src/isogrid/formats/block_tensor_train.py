@@ -18,7 +18,7 @@ from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import balanced_pair, greedy_pair, pad_matrix
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
-from isogrid.kernels import derived, native_takes, pad_features, two_stage
+from isogrid.kernels import derived, pad_features, two_stage
 
 
 @dataclass(frozen=True)
@@ -90,26 +90,14 @@ class BlockTensorTrain(Format):
         }
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
-        """Blocked product, stride permutation, blocked product."""
-        right, left = factors["right"], factors["left"]
-        m1, m0, _ = right.shape
-        n0, _, n1 = left.shape
-        rank = self.rank
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
 
-        def dealt(right: Tensor) -> Tensor:
-            # (i0, s) -> (s, i0): then the hidden units are dealt out with stride n0 and no intermediate is copied.
-            return right.view(m1, m0, n0, rank).permute(0, 3, 2, 1).reshape(m1, rank * n0, m0)
-
-        if not native_takes(x, right, left) and x.shape[:-1].numel() < m0:
-            # Fewer hidden numbers than weights: those are moved.
-            x = pad_features(x, m1 * m0)
-            hidden = torch.bmm(right.mT, x.reshape(-1, m1, m0).permute(1, 2, 0))  # (m1, n0 · rank, rows)
-            regrouped = hidden.view(m1, n0, self.rank, -1).transpose(0, 1).reshape(n0, m1 * self.rank, -1)
-            out = torch.bmm(regrouped.mT, left).transpose(0, 1)  # (rows, n0, n1)
-            return out.reshape(*x.shape[:-1], n0 * n1)[..., :out_features]
-        first = derived(right, (self, "dealt"), dealt)
-        second = derived(left, "turned", lambda left: left.mT)
-        return two_stage(x, first, second, interleave=False, features=out_features)
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+        """Blocked product, permutation, blocked product, on the factors as they lie where those are trained."""
+        first = derived(factors["right"], "turned", lambda right: right.mT)
+        second = derived(factors["left"], "turned", lambda left: left.mT)
+        return two_stage(x, first, second, interleave=False, features=out_features, bias=bias, in_runs=True)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

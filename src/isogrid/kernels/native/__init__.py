@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, library
@@ -74,7 +75,9 @@ def _is_right(dtype: torch.dtype) -> bool:
     hidden = torch.einsum("bkp,kqp->bkq", x.view(20, 2, 18), first).reshape(20, 4, 4)
     wanted = torch.einsum("brl,lsr->bls", hidden, second).reshape(20, 36)
     try:
-        found = torch.ops.isogrid.two_stage(x.to(dtype), first.to(dtype), second.to(dtype), False, 36)
+        found = torch.ops.isogrid.two_stage(
+            x.to(dtype), first.to(dtype), second.to(dtype), None, (2, 4), False, False, 36
+        )
     except RuntimeError:
         return False
     return float((found.float() - wanted).norm() / wanted.norm()) < TRUSTED[dtype]
@@ -83,24 +86,25 @@ def _is_right(dtype: torch.dtype) -> bool:
 def _register_shapes() -> None:
     """What the products give, for compilers and exporters."""
 
-    def rows(x: Tensor, features: int) -> Tensor:
-        return x.new_empty(x.shape[0], features)
+    def rows(x: Tensor, *others: Any) -> Tensor:
+        return x.new_empty(x.shape[0], others[-1])
 
-    def sums(y: Tensor, x: Tensor, blocks: int) -> Tensor:
-        return x.new_empty(blocks, y.shape[1] // blocks, x.shape[1] // blocks)
+    def gradients(g: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        wanted = others[-1]
+        return tuple(
+            torch.empty_like(value) if asked else value.new_empty(0)
+            for value, asked in zip(others, wanted, strict=False)
+        )
 
-    shapes: dict[str, Callable[..., Tensor]] = {
-        "blocked": lambda x, w, in_turn, out_turn, features: rows(x, features),
-        "turned": lambda x, w: rows(x, w.shape[0] * w.shape[2]),
-        "gram": sums,
-        "two_stage": lambda x, first, second, interleave, features: rows(x, features),
+    shapes: dict[str, Callable[..., Any]] = {
         "sparse": lambda x, values, mask: rows(x, mask.shape[0]),
-        "blast": lambda x, right, coupling, left, features: rows(x, features),
         "trits": lambda x, codes, scales, group, thirds: rows(x, codes.shape[0]),
         "trit_matrix": lambda codes, scales, columns, group, thirds: scales.new_empty(codes.shape[0], columns),
         "trit_sums": lambda codes, values, planes, group, thirds: values.new_empty(
             codes.shape[0], -(-values.shape[1] // group), planes
         ),
     }
+    for name in ("blocked", "two_stage", "blast"):  # their outputs are the last argument, what is wanted of gradients too
+        shapes |= {name: rows, f"{name}_backward": gradients}
     for name, shape in shapes.items():
         library.register_fake(f"isogrid::{name}", shape)

@@ -1,7 +1,7 @@
 // One to four rows, as in decoding: weights are read once, and reading them is all that takes time.
 #pragma once
 
-#include "tiles.h"
+#include "stages.h"
 
 namespace isogrid {
 
@@ -44,15 +44,17 @@ inline void dots(const scalar* weights, int64_t n, const float* x, int64_t step,
   for (int m = 0; m < R; ++m) found[m * out_step] = _mm512_reduce_add_ps(_mm512_add_ps(even[m], odd[m]));
 }
 
-// One stage: block c of `blocks` takes numbers c * pitch … of x and gives c * q …
+// One stage: block c of `blocks` takes numbers c * pitch … of x and gives c * out …
 template <int R, typename scalar>
-void few_stage(
-    const scalar* weights, int64_t blocks, int64_t q, int64_t p, const float* x, int64_t pitch, float* found) {
-  const int64_t step = blocks * pitch, out_step = blocks * q;
-  const int64_t grain = std::max<int64_t>(kThreadBytes / std::max<int64_t>(p * sizeof(scalar), 1), 1);
-  at::parallel_for(0, blocks * q, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e)
-      dots<R>(weights + e * p, p, x + e / q * pitch, step, found + e, out_step);
+void few_stage(const Weights<scalar>& w, int64_t blocks, const float* x, int64_t pitch, float* found) {
+  const int64_t step = blocks * pitch, out_step = blocks * w.out;
+  const int64_t grain = std::max<int64_t>(kThreadBytes / std::max<int64_t>(w.in * sizeof(scalar), 1), 1);
+  at::parallel_for(0, blocks * w.out, grain, [&](int64_t begin, int64_t end) {
+    int64_t c = begin / w.out, t = begin % w.out;
+    for (int64_t e = begin; e < end; ++e) {
+      dots<R>(w.data + c * w.block + t * w.step, w.in, x + c * pitch, step, found + e, out_step);
+      if (++t == w.out) t = 0, ++c;
+    }
   });
 }
 
@@ -67,7 +69,7 @@ void for_rows(int64_t rows, const F& work) {
 }
 
 // Rows as floats, every block at a multiple of 16 numbers, zeros between.
-template <typename scalar, typename Order>
+template <typename scalar>
 void few_load(const scalar* x, int64_t rows, int64_t step, int64_t features, const Order& order, int64_t pitch, float* to) {
   std::fill(to, to + rows * order.blocks * pitch, 0.0f);
   for (int64_t n = 0; n < rows; ++n) {
@@ -84,12 +86,38 @@ void few_load(const scalar* x, int64_t rows, int64_t step, int64_t features, con
   }
 }
 
-template <typename scalar, typename Order>
-void few_store(const float* found, int64_t rows, const Order& order, scalar* y, int64_t step, int64_t features) {
+// Hidden units to the blocks of the second stage, each at a multiple of 16 numbers, zeros between.
+inline void few_deal(const float* hidden, int64_t rows, const Shuffle& shuffle, int64_t pitch, float* to) {
+  std::fill(to, to + rows * shuffle.l * pitch, 0.0f);
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t a = 0; a < shuffle.l; ++a) {
+      const float* from = hidden + n * shuffle.k * shuffle.q + a * shuffle.apart;
+      float* block = to + (n * shuffle.l + a) * pitch;
+      for (int64_t rho = 0; rho < shuffle.r; ++rho) block[rho] = from[shuffle.unit[rho]];
+    }
+}
+
+// mixed[i] = sum_j coupling[i, j] * hidden[j], each block at a multiple of 16 numbers.
+inline void few_mix(
+    const float* hidden, int64_t rows, int64_t b, int64_t r, const float* coupling, int64_t pitch, float* mixed) {
+  std::fill(mixed, mixed + rows * b * pitch, 0.0f);
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t i = 0; i < b; ++i)
+      for (int64_t j = 0; j < b; ++j) {
+        const float *scale = coupling + (i * b + j) * r, *from = hidden + (n * b + j) * r;
+        float* to = mixed + (n * b + i) * pitch;
+        for (int64_t rho = 0; rho < r; ++rho) to[rho] += scale[rho] * from[rho];
+      }
+}
+
+template <typename scalar>
+void few_store(
+    const float* found, int64_t rows, const Order& order, const float* bias, scalar* y, int64_t step,
+    int64_t features) {
   for (int64_t n = 0; n < rows; ++n) {
     const float* from = found + n * order.blocks * order.size;
     for (int64_t f = 0; f < features; ++f)
-      y[n * step + f] = static_cast<scalar>(order.in_turn ? from[f % order.blocks * order.size + f / order.blocks] : from[f]);
+      y[n * step + f] = static_cast<scalar>(from[order.row(f)] + (bias == nullptr ? 0.0f : bias[f]));
   }
 }
 

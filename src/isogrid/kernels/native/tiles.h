@@ -34,6 +34,7 @@ struct Tile {
   int64_t padded;  // a multiple of 16
   int64_t stride;  // numbers between two features: off the powers of two that would share a cache set
   explicit Tile(int64_t count) : rows(count), padded((count + kLane - 1) / kLane * kLane), stride(padded + kLane) {}
+  Tile(int64_t count, int64_t step) : rows(count), padded((count + kLane - 1) / kLane * kLane), stride(step) {}
 };
 
 // Memory of one tile, grown once a thread and used again. One within another takes other pieces.
@@ -111,6 +112,15 @@ void over_blocks(int64_t blocks, int64_t size, bool shared, const F& work) {
   });
 }
 
+// The lanes that are left of a register.
+inline __mmask16 lanes(int64_t left) {
+  return static_cast<__mmask16>((1u << std::clamp<int64_t>(left, 0, kLane)) - 1);
+}
+
+inline __mmask32 wide_lanes(int64_t left) {
+  return static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(left, 0, 2 * kLane)) - 1);
+}
+
 // 16 x 16 transposition of 32-bit units in registers.
 inline void transpose16(__m512i v[16]) {
   __m512i t[16];
@@ -149,22 +159,67 @@ inline __m512i pairs(__m512 low, __m512 high) {
       _mm512_srli_epi32(rounded(low), 16), _mm512_and_si512(rounded(high), _mm512_set1_epi32(0xffff0000)));
 }
 
-// ---- loading: rows (rows, features) to feature-major. Floats: [feature][row]. bfloat16: [feature / 2][row][2].
+// ---- loading: rows (rows, features) to feature-major.
 
+// Column f of a matrix (rows, columns), its rows `step` numbers apart, becomes the row at place(f): `width` numbers,
+// zeros beyond the rows. Columns from `real` on are zeros.
+template <typename Place>
+inline void turn(
+    const float* from, int64_t step, int64_t rows, int64_t real, int64_t columns, int64_t width, const Place& place) {
+  __m512i v[16];
+  for (int64_t f = 0; f < columns; f += kLane) {
+    const __mmask16 mask = lanes(real - f);
+    const int64_t left = std::min(columns - f, kLane);
+    float* to[16];
+    for (int64_t i = 0; i < left; ++i) to[i] = place(f + i);
+    for (int64_t t = 0; t < width; t += kLane) {
+      for (int64_t i = 0; i < kLane; ++i)
+        v[i] = t + i < rows ? _mm512_maskz_loadu_epi32(mask, from + (t + i) * step + f) : _mm512_setzero_si512();
+      transpose16(v);
+      const __mmask16 within = lanes(width - t);
+      for (int64_t i = 0; i < left; ++i) _mm512_mask_storeu_epi32(to[i] + t, within, v[i]);
+    }
+  }
+}
+
+template <typename Place>
+inline void turn(
+    const BFloat16* from, int64_t step, int64_t rows, int64_t real, int64_t columns, int64_t width,
+    const Place& place) {
+  // 32 rows at a time: two columns share a 32-bit unit on the way in, two rows on the way out.
+  const __m512i even = _mm512_set1_epi32(0xffff), zero = _mm512_setzero_si512();
+  __m512i low[16], high[16];
+  for (int64_t f = 0; f < columns; f += 2 * kLane) {
+    const __mmask32 mask = wide_lanes(real - f);
+    const int64_t left = std::min(columns - f, 2 * kLane);
+    BFloat16* to[32];
+    for (int64_t i = 0; i < left; ++i) to[i] = place(f + i);
+    for (int64_t t = 0; t < width; t += 2 * kLane) {
+      // Row t + 2 i in the lower vectors, row t + 2 i + 1 in the upper: their units become neighbours.
+      for (int64_t i = 0; i < kLane; ++i) {
+        const int64_t row = t + 2 * i;
+        low[i] = row < rows ? _mm512_maskz_loadu_epi16(mask, from + row * step + f) : zero;
+        high[i] = row + 1 < rows ? _mm512_maskz_loadu_epi16(mask, from + (row + 1) * step + f) : zero;
+      }
+      transpose16(low);
+      transpose16(high);
+      const __mmask32 within = wide_lanes(width - t);
+      for (int64_t i = 0; 2 * i < left; ++i) {
+        const __m512i first = _mm512_or_si512(_mm512_and_si512(low[i], even), _mm512_slli_epi32(high[i], 16));
+        _mm512_mask_storeu_epi16(to[2 * i] + t, within, first);
+        if (2 * i + 1 == left) break;
+        const __m512i second = _mm512_or_si512(_mm512_srli_epi32(low[i], 16), _mm512_andnot_si512(even, high[i]));
+        _mm512_mask_storeu_epi16(to[2 * i + 1] + t, within, second);
+      }
+    }
+  }
+}
+
+// What a product takes on its right. Floats: [feature][row]. bfloat16: [feature / 2][row][2].
 template <typename Order>
 void load(
     const float* x, int64_t step, int64_t features, const Order& order, int64_t whole, const Tile& tile, float* to) {
-  __m512i v[16];
-  for (int64_t f = 0; f < whole; f += kLane) {
-    const int64_t real = std::clamp<int64_t>(features - f, 0, kLane), left = std::min(whole - f, kLane);
-    const __mmask16 mask = static_cast<__mmask16>((1u << real) - 1);
-    for (int64_t t = 0; t < tile.padded; t += kLane) {
-      for (int64_t i = 0; i < kLane; ++i)
-        v[i] = t + i < tile.rows ? _mm512_maskz_loadu_epi32(mask, x + (t + i) * step + f) : _mm512_setzero_si512();
-      transpose16(v);
-      for (int64_t i = 0; i < left; ++i) _mm512_storeu_si512(to + order.row(f + i) * tile.stride + t, v[i]);
-    }
-  }
+  turn(x, step, tile.rows, features, whole, tile.padded, [&](int64_t f) { return to + order.row(f) * tile.stride; });
 }
 
 template <typename Order>
@@ -173,8 +228,8 @@ void load(
     BFloat16* to) {
   __m512i v[16];  // units of two neighbours; in turn, these belong to different blocks
   for (int64_t f = 0; f < whole; f += 2 * kLane) {
-    const int64_t real = std::clamp<int64_t>(features - f, 0, 2 * kLane), left = std::min(whole - f, 2 * kLane);
-    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << real) - 1);
+    const int64_t left = std::min(whole - f, 2 * kLane);
+    const __mmask32 mask = wide_lanes(features - f);
     for (int64_t t = 0; t < tile.padded; t += kLane) {
       for (int64_t i = 0; i < kLane; ++i)
         v[i] = t + i < tile.rows ? _mm512_maskz_loadu_epi16(mask, x + (t + i) * step + f) : _mm512_setzero_si512();
@@ -194,45 +249,50 @@ void load(
   }
 }
 
-// ---- products: found (m, rows) = weights (m, n) · taken (n, rows), in float.
+// ---- products: c (m, n) = a (m, k) · b (k, n), in float; added to c where `more`.
 
-inline void product(int64_t m, int64_t n, const float* weights, const float* taken, float* found, const Tile& tile) {
-  at::native::cpublas::brgemm(
-      m, tile.padded, n, n, tile.stride, tile.stride, false, weights, taken, found, /*is_vnni=*/false);
+inline void multiply(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
+    int64_t c_step, bool more = false) {
+  at::native::cpublas::brgemm(m, n, k, a_step, b_step, c_step, more, a, b, c, /*is_vnni=*/false);
 }
 
-inline void product(
-    int64_t m, int64_t n, const BFloat16* weights, const BFloat16* taken, float* found, const Tile& tile) {
+// `b` in pairs of its rows: (k / 2, n, 2).
+inline void multiply(
+    int64_t m, int64_t n, int64_t k, const BFloat16* a, int64_t a_step, const BFloat16* b, int64_t b_step, float* c,
+    int64_t c_step, bool more = false) {
   // Pairs only: an odd number of terms ends the process where the processor has matrix tiles.
-  const int64_t even = n / 2 * 2;
-  if (even > 0)
-    at::native::cpublas::brgemm(
-        m, tile.padded, even, n, tile.stride, tile.stride, false, weights, taken, found, /*is_vnni=*/true);
-  if (even == n) return;
-  const BFloat16* last = taken + even * tile.stride;
+  const int64_t even = k / 2 * 2;
+  if (even > 0) at::native::cpublas::brgemm(m, n, even, a_step, b_step, c_step, more, a, b, c, /*is_vnni=*/true);
+  if (even == k) return;
+  const BFloat16* last = b + even * b_step;
   for (int64_t i = 0; i < m; ++i) {
-    const float weight = static_cast<float>(weights[i * n + even]);
-    float* row = found + i * tile.stride;
-    for (int64_t t = 0; t < tile.padded; ++t)
-      row[t] = (even > 0 ? row[t] : 0.0f) + weight * static_cast<float>(last[2 * t]);
+    const float weight = static_cast<float>(a[i * a_step + even]);
+    float* row = c + i * c_step;
+    for (int64_t t = 0; t < n; ++t)
+      row[t] = (more || even > 0 ? row[t] : 0.0f) + weight * static_cast<float>(last[2 * t]);
   }
 }
 
-// ---- what a product takes from the one before: `count` rows, `step` numbers apart.
+// ---- what a product takes from the one before: rows of floats, `count` of them, that place(i) finds.
 
-inline void narrow(const float* rows, int64_t step, int64_t count, const Tile& tile, float* to) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t t = 0; t < tile.padded; t += kLane)
-      _mm512_storeu_ps(to + i * tile.stride + t, _mm512_loadu_ps(rows + i * step + t));
+template <typename Place>
+inline void narrow(int64_t count, int64_t width, const Place& place, float* to, int64_t step) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = place(i);
+    for (int64_t t = 0; t < width; t += kLane) _mm512_storeu_ps(to + i * step + t, _mm512_loadu_ps(from + t));
+  }
 }
 
-inline void narrow(const float* rows, int64_t step, int64_t count, const Tile& tile, BFloat16* to) {
-  for (int64_t i = 0; i < count; i += 2)
-    for (int64_t t = 0; t < tile.padded; t += kLane) {
-      const __m512 low = _mm512_loadu_ps(rows + i * step + t);
-      const __m512 high = i + 1 < count ? _mm512_loadu_ps(rows + (i + 1) * step + t) : _mm512_setzero_ps();
-      _mm512_storeu_si512(to + i * tile.stride + 2 * t, pairs(low, high));
+template <typename Place>
+inline void narrow(int64_t count, int64_t width, const Place& place, BFloat16* to, int64_t step) {
+  for (int64_t i = 0; i < count; i += 2) {
+    const float *one = place(i), *other = i + 1 < count ? place(i + 1) : nullptr;
+    for (int64_t t = 0; t < width; t += kLane) {
+      const __m512 high = other != nullptr ? _mm512_loadu_ps(other + t) : _mm512_setzero_ps();
+      _mm512_storeu_si512(to + i * step + 2 * t, pairs(_mm512_loadu_ps(one + t), high));
     }
+  }
 }
 
 // mixed[i, rho] = sum_j coupling[i, j, rho] hidden[j, rho]
@@ -256,21 +316,28 @@ inline void mix(
     }
 }
 
-// ---- storing: feature-major floats to rows (rows, features).
+// ---- storing: feature-major floats to rows (rows, features), a bias added where there is one.
+
+inline __m512 plus(const float* row, const float* bias, int64_t feature) {
+  const __m512 value = _mm512_loadu_ps(row);
+  return bias == nullptr ? value : _mm512_add_ps(value, _mm512_set1_ps(bias[feature]));
+}
 
 template <typename Order>
 void store(
-    const float* found, const Order& order, float* y, int64_t step, int64_t features,
+    const float* found, const Order& order, const float* bias, float* y, int64_t step, int64_t features,
     const Tile& tile) {
   __m512i v[16];
   for (int64_t f = 0; f < features; f += kLane) {
-    const int64_t real = std::min(features - f, kLane);
-    const __mmask16 mask = static_cast<__mmask16>((1u << real) - 1);
+    const __mmask16 mask = lanes(features - f);
     const float* rows[16];
-    for (int64_t i = 0; i < kLane; ++i) rows[i] = found + order.row(std::min(f + i, features - 1)) * tile.stride;
+    int64_t number[16];
+    for (int64_t i = 0; i < kLane; ++i) {
+      number[i] = std::min(f + i, features - 1);
+      rows[i] = found + order.row(number[i]) * tile.stride;
+    }
     for (int64_t t = 0; t < tile.padded; t += kLane) {
-      for (int64_t i = 0; i < kLane; ++i)
-        v[i] = _mm512_castps_si512(_mm512_loadu_ps(rows[i] + t));
+      for (int64_t i = 0; i < kLane; ++i) v[i] = _mm512_castps_si512(plus(rows[i] + t, bias, number[i]));
       transpose16(v);
       for (int64_t i = 0; i < kLane && t + i < tile.rows; ++i)
         _mm512_mask_storeu_epi32(y + (t + i) * step + f, mask, v[i]);
@@ -280,17 +347,20 @@ void store(
 
 template <typename Order>
 void store(
-    const float* found, const Order& order, BFloat16* y, int64_t step, int64_t features,
+    const float* found, const Order& order, const float* bias, BFloat16* y, int64_t step, int64_t features,
     const Tile& tile) {
   __m512i v[16];
   for (int64_t f = 0; f < features; f += 2 * kLane) {
-    const int64_t real = std::min(features - f, 2 * kLane);
-    const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << real) - 1);
+    const __mmask32 mask = wide_lanes(features - f);
     const float* rows[32];
-    for (int64_t i = 0; i < 2 * kLane; ++i) rows[i] = found + order.row(std::min(f + i, features - 1)) * tile.stride;
+    int64_t number[32];
+    for (int64_t i = 0; i < 2 * kLane; ++i) {
+      number[i] = std::min(f + i, features - 1);
+      rows[i] = found + order.row(number[i]) * tile.stride;
+    }
     for (int64_t t = 0; t < tile.padded; t += kLane) {
       for (int64_t i = 0; i < kLane; ++i)
-        v[i] = pairs(_mm512_loadu_ps(rows[2 * i] + t), _mm512_loadu_ps(rows[2 * i + 1] + t));
+        v[i] = pairs(plus(rows[2 * i] + t, bias, number[2 * i]), plus(rows[2 * i + 1] + t, bias, number[2 * i + 1]));
       transpose16(v);
       for (int64_t i = 0; i < kLane && t + i < tile.rows; ++i)
         _mm512_mask_storeu_epi16(y + (t + i) * step + f, mask, v[i]);
