@@ -61,6 +61,11 @@ class Format(ABC):
 
     # ---- what has a default ------------------------------------------------------------------------------------
 
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+        """`multiply`, and a bias ``(out,)`` added; formats with products of their own add it within them."""
+        y = self.multiply(factors, x, out_features)
+        return y if bias is None else y + bias.to(y.dtype)
+
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """The ``(out, in)`` matrix the factors stand for, differentiable."""
         like = next(value for value in factors.values() if value.is_floating_point())

@@ -60,8 +60,13 @@ class Blast(Format):
         }
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """Three batched products; the coupling mixes blocks separately for each direction."""
-        return coupled_stages(x, factors["right"], factors["coupling"], factors["left"], features=out_features)
+        right, coupling, left = factors["right"], factors["coupling"], factors["left"]
+        return coupled_stages(x, right, coupling, left, features=out_features, bias=bias)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, ``coupling``, ``left``."""

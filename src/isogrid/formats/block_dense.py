@@ -17,7 +17,7 @@ from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import pad_matrix
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
-from isogrid.kernels import pad_features
+from isogrid.kernels import block_dense_product
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,12 @@ class BlockDense(Format):
         }
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """Blocked product, dense product."""
-        right = factors["right"]
-        blocks, rank, in_block = right.shape
-        rows = pad_features(x, blocks * in_block).reshape(-1, blocks, in_block)
-        hidden = torch.bmm(right, rows.permute(1, 2, 0))  # (blocks, rank, rows)
-        out = hidden.reshape(blocks * rank, -1).mT @ factors["left"].mT
-        return out.reshape(*x.shape[:-1], out_features)
+        return block_dense_product(x, factors["right"], factors["left"], bias)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

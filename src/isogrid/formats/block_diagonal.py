@@ -54,9 +54,13 @@ class BlockDiagonal(Format):
         return {"diagonal": Factor((self.blocks, *self._sizes(out_features, in_features)))}
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """One batched product."""
         diagonal = factors["diagonal"]
-        return one_stage(x, diagonal, in_turn=self.shuffle, features=out_features)
+        return one_stage(x, diagonal, in_turn=self.shuffle, features=out_features, bias=bias)
 
     def _grouped(self, rows: Tensor, blocks: int) -> Tensor:
         """``(rows, blocks · in_block) -> (rows, blocks, in_block)``."""

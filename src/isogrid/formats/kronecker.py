@@ -18,6 +18,7 @@ from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.sizes import nearest_pair
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
+from isogrid.kernels import native_takes, two_stage
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,23 @@ class Kronecker(Format):
         return {"inner": Factor((terms, m2, n2)), "outer": Factor((terms, m1, n1))}
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """The fast index by ``inner``, then the slow one by ``outer``, terms summed in the second product."""
         inner, outer = factors["inner"], factors["outer"]
         (terms, m2, n2), (_, m1, n1) = inner.shape, outer.shape
+        if native_takes(x, inner, outer):  # blocks that are all the same: hidden unit (j1, t, i2) to block i2
+            first = inner.reshape(1, terms * m2, n2)
+            second = outer.permute(1, 2, 0).reshape(1, m1, n1 * terms)
+            return two_stage(x, first, second, blocks=(n1, m2), interleave=True, features=out_features, bias=bias)
         rows = x.reshape(-1, n2)  # (rows n1, n2)
         hidden = rows @ inner.reshape(terms * m2, n2).mT  # (rows n1, terms m2)
         hidden = hidden.view(-1, n1, terms, m2).permute(0, 3, 2, 1).reshape(-1, terms * n1)  # (rows m2, terms n1)
         out = hidden @ outer.permute(0, 2, 1).reshape(terms * n1, m1)  # (rows m2, m1)
-        out = out.view(-1, m2, m1).transpose(1, 2)
-        return out.reshape(*x.shape[:-1], out_features)
+        out = out.view(-1, m2, m1).transpose(1, 2).reshape(*x.shape[:-1], out_features)
+        return out if bias is None else out + bias.to(out.dtype)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``inner``, then ``outer``, which sums the terms."""

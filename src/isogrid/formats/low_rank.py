@@ -48,8 +48,12 @@ class LowRank(Format):
         return {"right": Factor((rank, in_features)), "left": Factor((out_features, rank))}
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """Two products; the intermediate has ``rank`` features."""
-        return low_rank_product(x, factors["right"], factors["left"])
+        return low_rank_product(x, factors["right"], factors["left"], bias)
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """``left · right``."""

@@ -52,11 +52,15 @@ class LowRankLight(Format):
         }
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """Gather, one product into the chosen inputs, one product out."""
         rank = factors["rest"].shape[0]
         gathered = x.index_select(-1, factors["order"])
         hidden = gathered[..., :rank] + dense_product(gathered[..., rank:], factors["rest"])
-        return dense_product(hidden, factors["left"])
+        return dense_product(hidden, factors["left"], bias)
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """``left · [I | rest]`` with its columns back in place."""

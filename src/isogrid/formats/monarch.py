@@ -65,9 +65,13 @@ class Monarch(Format):
         }
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
+        """`affine` without a bias."""
+        return self.affine(factors, x, out_features, None)
+
+    def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """Blocked product, stride permutation, blocked product."""
         right, left = factors["right"], factors["left"]
-        return two_stage(x, right, left, interleave=True, features=out_features)
+        return two_stage(x, right, left, interleave=True, features=out_features, bias=bias)
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

@@ -1,7 +1,15 @@
 """Fast products that formats share."""
 
 from isogrid.kernels.bits import pack_codes, pack_mask, packed_bytes, unpack_codes, unpack_mask
-from isogrid.kernels.blocked import coupled_stages, dense_product, low_rank_product, one_stage, pad_features, two_stage
+from isogrid.kernels.blocked import (
+    block_dense_product,
+    coupled_stages,
+    dense_product,
+    low_rank_product,
+    one_stage,
+    pad_features,
+    two_stage,
+)
 from isogrid.kernels.derived import derived, derived_bytes, forget
 from isogrid.kernels.native import takes as native_takes
 from isogrid.kernels.native.build import cache_folder
@@ -10,6 +18,7 @@ from isogrid.kernels.trits import PACKINGS, pack_trits, row_bytes, trit_matrix, 
 
 __all__ = [
     "PACKINGS",
+    "block_dense_product",
     "cache_folder",
     "coupled_stages",
     "dense_product",

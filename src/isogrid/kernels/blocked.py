@@ -72,6 +72,20 @@ def low_rank_product(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None
     return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left, _like(bias, x))
 
 
+def block_dense_product(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply rows by ``left · blockdiag(right)``, the two products in one pass where rows are few.
+
+    Args:
+        x: ``(..., in)``, in at most ``k * p``; missing features are zeros.
+        right: ``(k, q, p)``.
+        left: ``(out, k * q)``.
+        bias: ``(out,)``, added within the product.
+    """
+    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, right, left):
+        return two_stage(x, right, left.unsqueeze(0), interleave=False, bias=bias)
+    return torch.nn.functional.linear(one_stage(x, right), left, _like(bias, x))
+
+
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply rows by a dense ``(out, in)`` factor, a bias ``(out,)`` added within the product."""
     if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, weight):

@@ -179,8 +179,7 @@ class StructuredLinear(nn.Module):
             raise IsogridError(f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it")
         if not self.training and self.product != "structured" and self._multiplies_densely(x):
             return torch.nn.functional.linear(x, self.dense(), self.bias)
-        y = self.format.multiply(self.factors, x, self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.format.affine(self.factors, x, self.out_features, self.bias)
 
     def plan(self, rows: int) -> str:
         """How inference multiplies so many rows: "structured" or "dense", by measured times where there are any.

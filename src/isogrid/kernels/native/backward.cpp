@@ -9,14 +9,23 @@
 
 namespace isogrid {
 
-// Rows of a panel: as many as take part in one sum of outer products.
-constexpr int64_t kPanelRows = 256;
 // Rows that one product takes, and terms that one sum of outer products takes.
 constexpr int64_t kStep = 64;
+// Rows of a panel: many where weights are read and their sums written for each, few where what stands for the rows then
+// stays in the cache.
+constexpr int64_t kMostPanelRows = 256;
+constexpr int64_t kPanelBytes = 768 * 1024;
 
-inline Tile panel(int64_t count) {
-  return count <= kStep ? Tile(count) : Tile(count, kPanelRows + kLane);  // few strides: each makes new products
-}
+struct Panels {
+  int64_t rows, width;
+  Panels(int64_t count, int64_t features, int64_t weights, int64_t size) : rows(count), width(kMostPanelRows) {
+    while (width > kStep && width * features * size > std::max(kPanelBytes, 2 * weights * size)) width /= 2;
+  }
+  Tile at(int64_t begin) const {  // of few strides: each makes new products
+    const int64_t count = std::min(width, rows - begin);
+    return rows <= kStep ? Tile(count) : Tile(count, width + kLane);
+  }
+};
 
 // Columns `from` … of feature-major rows, as a product takes them on its right.
 inline Matrix<float> right_side(const float* rows, const Tile& tile, int64_t, int64_t, float*) {
@@ -296,8 +305,9 @@ std::tuple<Tensor, Tensor> blocked_backward(
     using scalar = decltype(number);
     const Stage<scalar> stage{Weights<scalar>(weights), blocks, numbers(dw)};
     const Order in(blocks, stage.w.in, in_turn), out(blocks, stage.w.out, out_turn);
-    for (int64_t begin = 0; begin < g.size(0); begin += kPanelRows) {
-      const Tile tile = panel(std::min(kPanelRows, g.size(0) - begin));
+    const Panels panels(g.size(0), blocks * (2 * in.size + out.size), w.numel(), sizeof(scalar));
+    for (int64_t begin = 0; begin < g.size(0); begin += panels.width) {
+      const Tile tile = panels.at(begin);
       Scratch scratch;
       auto* given = scratch.take<scalar>(blocks * out.size * tile.stride);
       auto* taken = wanted[1] ? scratch.take<scalar>(blocks * in.size * tile.stride) : nullptr;
@@ -327,11 +337,13 @@ std::tuple<Tensor, Tensor, Tensor> two_stage_backward(
     const Stage<scalar> after{Weights<scalar>(two), l, numbers(dsecond)};
     const Order in(k, before.w.in, false), out(l, after.w.out, interleave);
     Shuffle shuffle(k, before.w.out, l, after.w.in, in_runs);
-    const int64_t widest = panel(std::min(kPanelRows, g.size(0))).stride;
-    shuffle.group(std::max<int64_t>(kHiddenBytes / (after.w.in * widest * static_cast<int64_t>(sizeof(scalar))), 1));
+    const Panels panels(
+        g.size(0), 2 * k * (in.size + before.w.out) + l * out.size, first.numel() + second.numel(), sizeof(scalar));
+    const int64_t bytes = after.w.in * panels.at(0).stride * static_cast<int64_t>(sizeof(scalar));
+    shuffle.group(std::max<int64_t>(kHiddenBytes / bytes, 1));
     const int64_t n = shuffle.blocks, run = shuffle.apart;
-    for (int64_t begin = 0; begin < g.size(0); begin += kPanelRows) {
-      const Tile tile = panel(std::min(kPanelRows, g.size(0) - begin));
+    for (int64_t begin = 0; begin < g.size(0); begin += panels.width) {
+      const Tile tile = panels.at(begin);
       const bool back = wanted[0] || wanted[1];
       Scratch scratch;
       auto* given = scratch.take<scalar>(l * out.size * tile.stride);
@@ -374,7 +386,7 @@ template <typename scalar>
 void coupled(
     int64_t b, int64_t r, const float* coupling, bool transposed, const scalar* from, const Tile& tile, scalar* to) {
   at::parallel_for(0, r, std::max<int64_t>(r / at::get_num_threads(), 1), [&](int64_t begin, int64_t end) {
-    alignas(64) float sums[kPanelRows];
+    alignas(64) float sums[kMostPanelRows];
     for (int64_t rho = begin; rho < end; ++rho)
       for (int64_t i = 0; i < b; ++i) {
         for (int64_t t = 0; t < tile.padded; t += kLane) {
@@ -428,8 +440,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blast_backward(
     const Shuffle straight_on(b, r);
     const float* scale = mixing.const_data_ptr<float>();
     const bool back = wanted[0] || wanted[1], again = wanted[2] || wanted[3];
-    for (int64_t begin = 0; begin < g.size(0); begin += kPanelRows) {
-      const Tile tile = panel(std::min(kPanelRows, g.size(0) - begin));
+    const Panels panels(
+        g.size(0), b * (2 * in.size + 3 * r + out.size), right.numel() + left.numel(), sizeof(scalar));
+    for (int64_t begin = 0; begin < g.size(0); begin += panels.width) {
+      const Tile tile = panels.at(begin);
       Scratch scratch;
       auto* given = scratch.take<scalar>(b * out.size * tile.stride);
       auto* taken = wanted[1] || again ? scratch.take<scalar>(b * in.size * tile.stride) : nullptr;

@@ -16,6 +16,10 @@ namespace isogrid {
 
 using at::BFloat16;
 
+// What holds sixteen registers has to be inlined and unrolled, or they go through memory.
+#define ISOGRID_INLINE inline __attribute__((always_inline))
+#define ISOGRID_UNROLL _Pragma("GCC unroll 16")
+
 // Rows of a tile: as many as keep its features in the second-level cache, a multiple of 16 (one register).
 constexpr int64_t kLane = 16;
 constexpr int64_t kMostRows = 64;
@@ -122,24 +126,28 @@ inline __mmask32 wide_lanes(int64_t left) {
 }
 
 // 16 x 16 transposition of 32-bit units in registers.
-inline void transpose16(__m512i v[16]) {
+ISOGRID_INLINE void transpose16(__m512i v[16]) {
   __m512i t[16];
+  ISOGRID_UNROLL
   for (int i = 0; i < 8; ++i) {
     t[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
   }
+  ISOGRID_UNROLL
   for (int i = 0; i < 4; ++i) {
     v[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
     v[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
     v[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
     v[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
   }
+  ISOGRID_UNROLL
   for (int i = 0; i < 4; ++i) {
     t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
     t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
     t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
     t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
   }
+  ISOGRID_UNROLL
   for (int i = 0; i < 8; ++i) {
     v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
     v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
@@ -147,7 +155,7 @@ inline void transpose16(__m512i v[16]) {
 }
 
 // Two float rows to pairs of bfloat16, the first in the lower half; to the nearest, ties to even.
-inline __m512i pairs(__m512 low, __m512 high) {
+ISOGRID_INLINE __m512i pairs(__m512 low, __m512 high) {
   const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x7fc00000);
   const auto rounded = [&](__m512 value) {
     const __m512i bits = _mm512_castps_si512(value);
@@ -157,6 +165,31 @@ inline __m512i pairs(__m512 low, __m512 high) {
   };
   return _mm512_or_si512(
       _mm512_srli_epi32(rounded(low), 16), _mm512_and_si512(rounded(high), _mm512_set1_epi32(0xffff0000)));
+}
+
+// Sixteen registers of rows from `t` on, `apart` rows apart, zeros beyond the rows.
+ISOGRID_INLINE void registers(
+    const float* from, int64_t step, int64_t t, int64_t, int64_t rows, __mmask16 mask, __m512i v[16]) {
+  if (t + kLane <= rows) {
+    ISOGRID_UNROLL
+    for (int i = 0; i < kLane; ++i) v[i] = _mm512_maskz_loadu_epi32(mask, from + (t + i) * step);
+    return;
+  }
+  ISOGRID_UNROLL
+  for (int i = 0; i < kLane; ++i)
+    v[i] = t + i < rows ? _mm512_maskz_loadu_epi32(mask, from + (t + i) * step) : _mm512_setzero_si512();
+}
+
+ISOGRID_INLINE void registers(
+    const BFloat16* from, int64_t step, int64_t t, int64_t apart, int64_t rows, __mmask32 mask, __m512i v[16]) {
+  if (t + apart * kLane <= rows) {
+    ISOGRID_UNROLL
+    for (int i = 0; i < kLane; ++i) v[i] = _mm512_maskz_loadu_epi16(mask, from + (t + apart * i) * step);
+    return;
+  }
+  ISOGRID_UNROLL
+  for (int i = 0; i < kLane; ++i)
+    v[i] = t + apart * i < rows ? _mm512_maskz_loadu_epi16(mask, from + (t + apart * i) * step) : _mm512_setzero_si512();
 }
 
 // ---- loading: rows (rows, features) to feature-major.
@@ -173,11 +206,17 @@ inline void turn(
     float* to[16];
     for (int64_t i = 0; i < left; ++i) to[i] = place(f + i);
     for (int64_t t = 0; t < width; t += kLane) {
-      for (int64_t i = 0; i < kLane; ++i)
-        v[i] = t + i < rows ? _mm512_maskz_loadu_epi32(mask, from + (t + i) * step + f) : _mm512_setzero_si512();
+      registers(from + f, step, t, 1, rows, mask, v);
       transpose16(v);
       const __mmask16 within = lanes(width - t);
-      for (int64_t i = 0; i < left; ++i) _mm512_mask_storeu_epi32(to[i] + t, within, v[i]);
+      if (left == kLane) {
+        ISOGRID_UNROLL
+        for (int i = 0; i < kLane; ++i) _mm512_mask_storeu_epi32(to[i] + t, within, v[i]);
+        continue;
+      }
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i)
+        if (i < left) _mm512_mask_storeu_epi32(to[i] + t, within, v[i]);
     }
   }
 }
@@ -187,7 +226,7 @@ inline void turn(
     const BFloat16* from, int64_t step, int64_t rows, int64_t real, int64_t columns, int64_t width,
     const Place& place) {
   // 32 rows at a time: two columns share a 32-bit unit on the way in, two rows on the way out.
-  const __m512i even = _mm512_set1_epi32(0xffff), zero = _mm512_setzero_si512();
+  const __m512i even = _mm512_set1_epi32(0xffff);
   __m512i low[16], high[16];
   for (int64_t f = 0; f < columns; f += 2 * kLane) {
     const __mmask32 mask = wide_lanes(real - f);
@@ -196,18 +235,17 @@ inline void turn(
     for (int64_t i = 0; i < left; ++i) to[i] = place(f + i);
     for (int64_t t = 0; t < width; t += 2 * kLane) {
       // Row t + 2 i in the lower vectors, row t + 2 i + 1 in the upper: their units become neighbours.
-      for (int64_t i = 0; i < kLane; ++i) {
-        const int64_t row = t + 2 * i;
-        low[i] = row < rows ? _mm512_maskz_loadu_epi16(mask, from + row * step + f) : zero;
-        high[i] = row + 1 < rows ? _mm512_maskz_loadu_epi16(mask, from + (row + 1) * step + f) : zero;
-      }
+      registers(from + f, step, t, 2, rows, mask, low);
+      registers(from + f + step, step, t, 2, rows - 1, mask, high);
       transpose16(low);
       transpose16(high);
       const __mmask32 within = wide_lanes(width - t);
-      for (int64_t i = 0; 2 * i < left; ++i) {
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i) {
+        if (2 * i >= left) continue;
         const __m512i first = _mm512_or_si512(_mm512_and_si512(low[i], even), _mm512_slli_epi32(high[i], 16));
         _mm512_mask_storeu_epi16(to[2 * i] + t, within, first);
-        if (2 * i + 1 == left) break;
+        if (2 * i + 1 == left) continue;
         const __m512i second = _mm512_or_si512(_mm512_srli_epi32(low[i], 16), _mm512_andnot_si512(even, high[i]));
         _mm512_mask_storeu_epi16(to[2 * i + 1] + t, within, second);
       }
@@ -231,19 +269,21 @@ void load(
     const int64_t left = std::min(whole - f, 2 * kLane);
     const __mmask32 mask = wide_lanes(features - f);
     for (int64_t t = 0; t < tile.padded; t += kLane) {
-      for (int64_t i = 0; i < kLane; ++i)
-        v[i] = t + i < tile.rows ? _mm512_maskz_loadu_epi16(mask, x + (t + i) * step + f) : _mm512_setzero_si512();
+      registers(x + f, step, t, 1, tile.rows, mask, v);
       transpose16(v);
       if (order.straight()) {
-        for (int64_t i = 0; 2 * i < left; ++i) _mm512_storeu_si512(to + (f + 2 * i) * tile.stride + 2 * t, v[i]);
+        ISOGRID_UNROLL
+        for (int i = 0; i < kLane; ++i)
+          if (2 * i < left) _mm512_storeu_si512(to + (f + 2 * i) * tile.stride + 2 * t, v[i]);
         continue;
       }
-      alignas(64) uint16_t unit[32];
+      alignas(64) uint16_t unit[16 * 32];
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i) _mm512_store_si512(unit + 32 * i, v[i]);
       for (int64_t i = 0; i < left; ++i) {
-        if (i % 2 == 0) _mm512_store_si512(unit, v[i / 2]);
         const int64_t row = order.row(f + i);
         auto* place = reinterpret_cast<uint16_t*>(to) + row / 2 * 2 * tile.stride + 2 * t + row % 2;
-        for (int64_t n = 0; n < kLane; ++n) place[2 * n] = unit[2 * n + i % 2];
+        for (int64_t n = 0; n < kLane; ++n) place[2 * n] = unit[i / 2 * 32 + 2 * n + i % 2];
       }
     }
   }
@@ -318,7 +358,7 @@ inline void mix(
 
 // ---- storing: feature-major floats to rows (rows, features), a bias added where there is one.
 
-inline __m512 plus(const float* row, const float* bias, int64_t feature) {
+ISOGRID_INLINE __m512 plus(const float* row, const float* bias, int64_t feature) {
   const __m512 value = _mm512_loadu_ps(row);
   return bias == nullptr ? value : _mm512_add_ps(value, _mm512_set1_ps(bias[feature]));
 }
@@ -337,10 +377,12 @@ void store(
       rows[i] = found + order.row(number[i]) * tile.stride;
     }
     for (int64_t t = 0; t < tile.padded; t += kLane) {
-      for (int64_t i = 0; i < kLane; ++i) v[i] = _mm512_castps_si512(plus(rows[i] + t, bias, number[i]));
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i) v[i] = _mm512_castps_si512(plus(rows[i] + t, bias, number[i]));
       transpose16(v);
-      for (int64_t i = 0; i < kLane && t + i < tile.rows; ++i)
-        _mm512_mask_storeu_epi32(y + (t + i) * step + f, mask, v[i]);
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i)
+        if (t + i < tile.rows) _mm512_mask_storeu_epi32(y + (t + i) * step + f, mask, v[i]);
     }
   }
 }
@@ -359,11 +401,13 @@ void store(
       rows[i] = found + order.row(number[i]) * tile.stride;
     }
     for (int64_t t = 0; t < tile.padded; t += kLane) {
-      for (int64_t i = 0; i < kLane; ++i)
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i)
         v[i] = pairs(plus(rows[2 * i] + t, bias, number[2 * i]), plus(rows[2 * i + 1] + t, bias, number[2 * i + 1]));
       transpose16(v);
-      for (int64_t i = 0; i < kLane && t + i < tile.rows; ++i)
-        _mm512_mask_storeu_epi16(y + (t + i) * step + f, mask, v[i]);
+      ISOGRID_UNROLL
+      for (int i = 0; i < kLane; ++i)
+        if (t + i < tile.rows) _mm512_mask_storeu_epi16(y + (t + i) * step + f, mask, v[i]);
     }
   }
 }
