@@ -14,7 +14,7 @@ from isogrid.kernels import native
 
 # On a CPU, more rows than this are multiplied piece by piece: the intermediate then stays in its cache.
 CHUNK_ROWS = 128
-# Up to here native products beat PyTorch's dense ones even where there is a single block.
+# Up to here native products without gradients beat PyTorch's dense ones even where there is a single block.
 FEW_DENSE_ROWS = 64
 # Up to here a batched product with the rows on the left is faster (three- to tenfold on one core at 768 x 768).
 FEW_ROWS = 8
@@ -67,7 +67,7 @@ def low_rank_product(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None
         left: ``(out, rank)``.
         bias: ``(out,)``, added within the product.
     """
-    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, right, left):
+    if _few(x, right, left):
         return two_stage(x, right.unsqueeze(0), left.unsqueeze(0), interleave=False, bias=bias)
     return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left, _like(bias, x))
 
@@ -81,14 +81,14 @@ def block_dense_product(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | N
         left: ``(out, k * q)``.
         bias: ``(out,)``, added within the product.
     """
-    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, right, left):
+    if _few(x, right, left):
         return two_stage(x, right, left.unsqueeze(0), interleave=False, bias=bias)
     return torch.nn.functional.linear(one_stage(x, right), left, _like(bias, x))
 
 
 def dense_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply rows by a dense ``(out, in)`` factor, a bias ``(out,)`` added within the product."""
-    if x.shape[:-1].numel() <= FEW_DENSE_ROWS and x.shape[-1] and native.takes(x, weight):
+    if _few(x, weight):
         return one_stage(x, weight.unsqueeze(0), bias=bias)
     return torch.nn.functional.linear(x, weight, _like(bias, x))
 
@@ -190,6 +190,13 @@ def pad_features(x: Tensor, features: int) -> Tensor:
     if missing < 0:
         raise IsogridError(f"input has {x.shape[-1]} features, at most {features} are expected")
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def _few(x: Tensor, *factors: Tensor) -> bool:
+    """Whether a native product beats PyTorch's dense ones: few rows, and no gradients, which those are better at."""
+    if x.shape[:-1].numel() > FEW_DENSE_ROWS or not x.shape[-1] or not native.takes(x, *factors):
+        return False
+    return not torch.is_grad_enabled() or not any(value.requires_grad for value in (x, *factors))
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:

@@ -18,8 +18,10 @@ constexpr int64_t kPanelBytes = 768 * 1024;
 
 struct Panels {
   int64_t rows, width;
-  Panels(int64_t count, int64_t features, int64_t weights, int64_t size) : rows(count), width(kMostPanelRows) {
-    while (width > kStep && width * features * size > std::max(kPanelBytes, 2 * weights * size)) width /= 2;
+  template <typename... Factors>
+  Panels(int64_t count, int64_t features, const Factors&... factors) : rows(count), width(kMostPanelRows) {
+    const int64_t weights = (factors.numel() + ...), size = (factors.element_size(), ...);
+    while (width > kStep && width * features * size > std::max(kPanelBytes, 4 * weights * size)) width /= 2;
   }
   Tile at(int64_t begin) const {  // of few strides: each makes new products
     const int64_t count = std::min(width, rows - begin);
@@ -27,12 +29,10 @@ struct Panels {
   }
 };
 
-// Columns `from` … of feature-major rows, as a product takes them on its right.
-inline Matrix<float> right_side(const float* rows, const Tile& tile, int64_t, int64_t, float*) {
-  return {rows, tile.stride};
-}
+// Feature-major rows as a product takes them on its right: pairs of features. Floats it takes as they are.
+inline void right_side(const float*, const Tile&, int64_t, int64_t, float*) {}
 
-inline Matrix<BFloat16> right_side(
+inline void right_side(
     const BFloat16* rows, const Tile& tile, int64_t count, int64_t width, BFloat16* room) {
   const __m512i low = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -46,7 +46,6 @@ inline Matrix<BFloat16> right_side(
                                         _mm512_castsi256_si512(_mm256_loadu_si256(one)), low,
                                         _mm512_castsi256_si512(upper)));
     }
-  return {room, width};
 }
 
 // The same rows with features beside each other, as sums over rows take them on their right: (rows, count); bfloat16:
@@ -68,6 +67,19 @@ inline void keep(const float* from, int64_t width, BFloat16* to) {
   for (int64_t t = 0; t < width; t += kLane) {
     const __m512i wide = pairs(_mm512_loadu_ps(from + t), _mm512_setzero_ps());
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t), _mm512_cvtepi32_epi16(wide));
+  }
+}
+
+// Any number of them.
+inline void keep_some(const float* from, int64_t count, float* to) {
+  std::copy(from, from + count, to);
+}
+
+inline void keep_some(const float* from, int64_t count, BFloat16* to) {
+  for (int64_t j = 0; j < count; j += kLane) {
+    const __mmask16 mask = lanes(count - j);
+    const __m512i wide = pairs(_mm512_maskz_loadu_ps(mask, from + j), _mm512_setzero_ps());
+    _mm256_mask_storeu_epi16(to + j, mask, _mm512_cvtepi32_epi16(wide));
   }
 }
 
@@ -100,87 +112,108 @@ void over_parts(int64_t blocks, bool together, const F& work) {
   });
 }
 
-// to(i)[t] = row i of a (m, n) · rows (n, tile), in a step's columns; `to` takes each row of floats.
-template <typename scalar, typename Give>
-void product(
-    int64_t m, int64_t n, const Matrix<scalar>& a, const scalar* rows, const Tile& tile, const Give& give) {
+// Rows of a product's left side, and of sums, that stay in the first cache meanwhile.
+constexpr int64_t kChunk = 64;
+
+// left (m, n) · rows (n, tile): `left` gives some rows of its matrix, `give` takes each row of a step's columns.
+template <typename scalar, typename Left, typename Give>
+void product(int64_t m, int64_t n, const Left& left, const scalar* rows, const Tile& tile, const Give& give) {
   Scratch scratch;
-  auto* room = kPaired<scalar> ? scratch.take<scalar>((n + 1) * kStep) : nullptr;
-  auto* found = scratch.take<float>(m * (kStep + kLane));
-  for (int64_t t = 0; t < tile.padded; t += kStep) {
-    const int64_t width = std::min(kStep, tile.padded - t);
-    const Matrix<scalar> b = right_side(rows + t, tile, n, width, room);
-    multiply(m, width, n, a.data, a.step, b.data, b.step, found, kStep + kLane);
-    for (int64_t i = 0; i < m; ++i) give(i, t, width, found + i * (kStep + kLane));
+  auto* turned = scratch.take<scalar>(kChunk * n);
+  auto* paired = kPaired<scalar> ? scratch.take<scalar>((n + 1) * tile.padded) : nullptr;
+  for (int64_t t = 0; t < tile.padded && paired != nullptr; t += kStep)
+    right_side(rows + t, tile, n, std::min(kStep, tile.padded - t), paired + t * (n + 1));
+  for (int64_t i = 0; i < m; i += kChunk) {
+    const int64_t some = std::min(kChunk, m - i);
+    const Matrix<scalar> a = left(i, some, turned);
+    for (int64_t t = 0; t < tile.padded; t += kStep) {
+      const int64_t width = std::min(kStep, tile.padded - t);
+      if constexpr (kPaired<scalar>)
+        give(i, some, t, width, a, Matrix<scalar>{paired + t * (n + 1), width});
+      else
+        give(i, some, t, width, a, Matrix<scalar>{rows + t, tile.stride});
+    }
   }
+}
+
+// The same, each row of floats rounded to its place.
+template <typename scalar, typename Left, typename Place>
+void product_at(int64_t m, int64_t n, const Left& left, const scalar* rows, const Tile& tile, const Place& place) {
+  Scratch scratch;
+  auto* found = scratch.take<float>(kChunk * (kStep + kLane));
+  product(m, n, left, rows, tile, [&](int64_t i, int64_t some, int64_t t, int64_t width, auto a, auto b) {
+    multiply(some, width, n, a.data, a.step, b.data, b.step, found, kStep + kLane);
+    for (int64_t j = 0; j < some; ++j) keep(found + j * (kStep + kLane), width, place(i + j) + t);
+  });
 }
 
 // The same, straight to floats or added to them.
-template <typename scalar>
+template <typename scalar, typename Left>
 void product_into(
-    int64_t m, int64_t n, const Matrix<scalar>& a, const scalar* rows, const Tile& tile, float* to, bool more) {
-  Scratch scratch;
-  auto* room = kPaired<scalar> ? scratch.take<scalar>((n + 1) * kStep) : nullptr;
-  for (int64_t t = 0; t < tile.padded; t += kStep) {
-    const int64_t width = std::min(kStep, tile.padded - t);
-    const Matrix<scalar> b = right_side(rows + t, tile, n, width, room);
-    multiply(m, width, n, a.data, a.step, b.data, b.step, to + t, tile.stride, more);
-  }
+    int64_t m, int64_t n, const Left& left, const scalar* rows, const Tile& tile, float* to, bool more) {
+  product(m, n, left, rows, tile, [&](int64_t i, int64_t some, int64_t t, int64_t width, auto a, auto b) {
+    multiply(some, width, n, a.data, a.step, b.data, b.step, to + i * tile.stride + t, tile.stride, more);
+  });
 }
 
-// sums (m, n) += left (m, tile) · right (n, tile)^T
+// left (m, tile) · right (n, tile)^T: added to `sums`, or rounded to `whole` where there are no other rows.
 template <typename scalar>
 void outer_products(
-    int64_t m, int64_t n, const scalar* left, const scalar* right, const Tile& tile, float* sums, int64_t step,
-    bool more) {
+    int64_t m, int64_t n, const scalar* left, const scalar* right, const Tile& tile, float* sums, scalar* whole,
+    int64_t step, bool more) {
   Scratch scratch;
-  auto* room = scratch.take<scalar>(kStep * n + 2 * kLane);
-  for (int64_t t = 0; t < tile.padded; t += kStep) {
-    const int64_t width = std::min(kStep, tile.padded - t);
-    by_rows(right + t, tile, n, width, room);
-    multiply(m, n, width, left + t, tile.stride, room, n, sums, step, more || t > 0);
+  auto* by_row = scratch.take<scalar>(tile.padded * n + 2 * kLane);
+  auto* found = whole == nullptr ? nullptr : scratch.take<float>(kChunk * n + kLane);
+  for (int64_t t = 0; t < tile.padded; t += kStep)
+    by_rows(right + t, tile, n, std::min(kStep, tile.padded - t), by_row + t * n);
+  for (int64_t i = 0; i < m; i += kChunk) {
+    const int64_t some = std::min(kChunk, m - i), pitch = found == nullptr ? step : n;
+    float* to = found == nullptr ? sums + i * step : found;
+    for (int64_t t = 0; t < tile.padded; t += kStep)
+      multiply(
+          some, n, std::min(kStep, tile.padded - t), left + i * tile.stride + t, tile.stride, by_row + t * n, n, to,
+          pitch, more || t > 0);
+    for (int64_t j = 0; j < some && found != nullptr; ++j) keep_some(found + j * n, n, whole + (i + j) * step);
   }
 }
 
-// A stage, what it took, and the sums of its gradients: blocks as the weights lie.
+// A stage, what it took, and the gradients of its blocks as they lie: sums of floats, or numbers where all rows are in
+// one panel.
 template <typename scalar>
 struct Stage {
   Weights<scalar> w;
   int64_t blocks;
   float* sums;
+  scalar* whole;
   bool together() const { return w.block == 0 && blocks > 1; }
+  bool wanted() const { return sums != nullptr || whole != nullptr; }
 
   // hidden (count, tile) of each block = outputs first … of the block · taken.
   void forward(int64_t first, int64_t count, const scalar* taken, const Tile& tile, scalar* hidden) const {
     over_parts(blocks, false, [&](int64_t c, const Part& part) {
       int64_t start, some;
       part.of(count, start, some);
-      if (some == 0) return;
-      Scratch scratch;
-      auto* room = scratch.take<scalar>(w.turned ? some * w.in : 0);
-      const Matrix<scalar> a = w.outputs(c, first + start, some, room);
       scalar* to = hidden + (c * count + start) * tile.stride;
-      product(some, w.in, a, taken + c * w.in * tile.stride, tile, [&](int64_t i, int64_t t, int64_t width, const float* row) {
-        keep(row, width, to + i * tile.stride + t);
-      });
+      const auto left = [&](int64_t i, int64_t n, scalar* room) { return w.outputs(c, first + start + i, n, room); };
+      product_at(some, w.in, left, taken + c * w.in * tile.stride, tile, [&](int64_t i) { return to + i * tile.stride; });
     });
   }
 
-  // Sums of a block, or of the outputs first … of it: gradient (count, tile) times taken (in, tile).
+  // Of a block, or of the outputs first … of it: gradient (count, tile) times taken (in, tile).
   void add(
       int64_t c, int64_t first, int64_t count, const scalar* gradient, const scalar* taken, const Tile& tile,
       bool more, const Part& part) const {
     int64_t start, some;
     part.of(w.turned ? w.in : count, start, some);
     if (some == 0) return;
-    float* to = sums + c * w.block;
+    const int64_t at = c * w.block + (w.turned ? start * w.step + first : (first + start) * w.step);
+    float* to = sums == nullptr ? nullptr : sums + at;
+    scalar* rounded = whole == nullptr ? nullptr : whole + at;
     const bool again = more || (together() && c > 0);
     if (w.turned)
-      outer_products(
-          some, count, taken + start * tile.stride, gradient, tile, to + start * w.step + first, w.step, again);
+      outer_products(some, count, taken + start * tile.stride, gradient, tile, to, rounded, w.step, again);
     else
-      outer_products(
-          some, w.in, gradient + start * tile.stride, taken, tile, to + (first + start) * w.step, w.step, again);
+      outer_products(some, w.in, gradient + start * tile.stride, taken, tile, to, rounded, w.step, again);
   }
 };
 
@@ -224,13 +257,12 @@ void first_backward(
     if (dtaken != nullptr) {
       int64_t start, some;
       part.of(w.in, start, some);
-      Scratch scratch;
-      auto* room = scratch.take<scalar>(w.turned ? 0 : w.in * count);
-      Matrix<scalar> a = w.inputs(c, first, count, room);
-      a.data += start * a.step;
-      if (some > 0) product_into(some, count, a, grad, tile, dtaken + (c * w.in + start) * tile.stride, more);
+      const auto left = [&](int64_t i, int64_t n, scalar* room) {
+        return w.inputs(c, start + i, n, first, count, room);
+      };
+      product_into(some, count, left, grad, tile, dtaken + (c * w.in + start) * tile.stride, more);
     }
-    if (stage.sums != nullptr)
+    if (stage.wanted())
       stage.add(c, first, count, grad, taken + c * w.in * tile.stride, tile, more_sums, part);
   });
 }
@@ -244,19 +276,18 @@ void second_backward(
   over_parts(count, stage.together(), [&](int64_t a, const Part& part) {
     const int64_t c = first + a;
     const scalar* grad = gradient + c * w.out * tile.stride;
-    Scratch scratch;
     if (dhidden != nullptr) {
       int64_t start, some;
       part.of(w.in, start, some);
-      auto* room = scratch.take<scalar>(w.turned ? 0 : w.in * w.out);
-      Matrix<scalar> left = w.inputs(c, 0, w.out, room);
-      left.data += start * left.step;
-      if (some > 0)
-        product(some, w.out, left, grad, tile, [&](int64_t i, int64_t t, int64_t width, const float* row) {
-          keep(row, width, dhidden + shuffle.place(a, start + i) * tile.stride + t);
-        });
+      const auto left = [&](int64_t i, int64_t n, scalar* room) {
+        return w.inputs(c, start + i, n, 0, w.out, room);
+      };
+      product_at(some, w.out, left, grad, tile, [&](int64_t i) {
+        return dhidden + shuffle.place(a, start + i) * tile.stride;
+      });
     }
-    if (stage.sums == nullptr) return;
+    if (!stage.wanted()) return;
+    Scratch scratch;
     auto* taken = scratch.take<scalar>(w.in * tile.stride);
     for (int64_t rho = 0; rho < w.in; ++rho)
       keep(hidden + shuffle.place(a, rho) * tile.stride, tile.padded, taken + rho * tile.stride);
@@ -272,40 +303,43 @@ void by_dtype(const Tensor& x, const F& work) {
     work(BFloat16{});
 }
 
-// Sums in float, where the gradient of these weights is wanted; in the end they are rounded once.
-Tensor sums_like(const Tensor& w, bool wanted) {
+// Room for the gradient of a stage's weights: sums of floats, rounded once in the end; or the rounded numbers, where no
+// other panel and no other block adds to them.
+Tensor room_for(const Tensor& w, int64_t blocks, const Panels& panels, bool wanted) {
   if (!wanted) return at::empty({0}, w.options());
-  return at::empty_like(w, w.options().dtype(at::kFloat));
+  const bool once = panels.rows <= panels.width && (blocks == 1 || w.size(0) > 1);
+  Tensor found = at::empty_like(w, w.options().dtype(once ? w.scalar_type() : at::kFloat));
+  return panels.rows > 0 ? found : found.zero_();
+}
+
+template <typename scalar>
+Stage<scalar> stage_of(const Tensor& w, int64_t blocks, Tensor& gradient) {
+  Stage<scalar> stage{Weights<scalar>(w), blocks, nullptr, nullptr};
+  if (gradient.numel() > 0 && gradient.scalar_type() == at::kFloat)
+    stage.sums = gradient.mutable_data_ptr<float>();
+  else if (gradient.numel() > 0)
+    stage.whole = gradient.mutable_data_ptr<scalar>();
+  return stage;
 }
 
 Tensor like(const Tensor& x, bool wanted) {
   return wanted ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
 }
 
-float* numbers(Tensor& sums) {
-  return sums.numel() > 0 ? sums.mutable_data_ptr<float>() : nullptr;
-}
-
 Tensor rows_of(const Tensor& x) {
   return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
-}
-
-void none_where_no_rows(int64_t rows, std::initializer_list<Tensor*> sums) {
-  if (rows == 0)
-    for (Tensor* one : sums) one->zero_();
 }
 
 std::tuple<Tensor, Tensor> blocked_backward(
     const Tensor& g, const Tensor& x, const Tensor& w, int64_t blocks, bool in_turn, bool out_turn,
     std::array<bool, 2> wanted) {
   const Tensor grad = rows_of(g), from = rows_of(x), weights = as_it_lies(w);
-  Tensor dx = like(x, wanted[0]), dw = sums_like(weights, wanted[1]);
-  none_where_no_rows(g.size(0), {&dw});
+  const Panels panels(g.size(0), blocks * (2 * w.size(2) + w.size(1)), w);
+  Tensor dx = like(x, wanted[0]), dw = room_for(weights, blocks, panels, wanted[1]);
   by_dtype(x, [&](auto number) {
     using scalar = decltype(number);
-    const Stage<scalar> stage{Weights<scalar>(weights), blocks, numbers(dw)};
+    const auto stage = stage_of<scalar>(weights, blocks, dw);
     const Order in(blocks, stage.w.in, in_turn), out(blocks, stage.w.out, out_turn);
-    const Panels panels(g.size(0), blocks * (2 * in.size + out.size), w.numel(), sizeof(scalar));
     for (int64_t begin = 0; begin < g.size(0); begin += panels.width) {
       const Tile tile = panels.at(begin);
       Scratch scratch;
@@ -329,16 +363,14 @@ std::tuple<Tensor, Tensor, Tensor> two_stage_backward(
     bool interleave, std::array<bool, 3> wanted) {
   const int64_t k = blocks[0], l = blocks[1];
   const Tensor grad = rows_of(g), from = rows_of(x), one = as_it_lies(first), two = as_it_lies(second);
-  Tensor dx = like(x, wanted[0]), dfirst = sums_like(one, wanted[1]), dsecond = sums_like(two, wanted[2]);
-  none_where_no_rows(g.size(0), {&dfirst, &dsecond});
+  const Panels panels(g.size(0), 2 * k * (first.size(1) + first.size(2)) + l * second.size(1), first, second);
+  Tensor dx = like(x, wanted[0]), dfirst = room_for(one, k, panels, wanted[1]);
+  Tensor dsecond = room_for(two, l, panels, wanted[2]);
   by_dtype(x, [&](auto number) {
     using scalar = decltype(number);
-    const Stage<scalar> before{Weights<scalar>(one), k, numbers(dfirst)};
-    const Stage<scalar> after{Weights<scalar>(two), l, numbers(dsecond)};
+    const auto before = stage_of<scalar>(one, k, dfirst), after = stage_of<scalar>(two, l, dsecond);
     const Order in(k, before.w.in, false), out(l, after.w.out, interleave);
     Shuffle shuffle(k, before.w.out, l, after.w.in, in_runs);
-    const Panels panels(
-        g.size(0), 2 * k * (in.size + before.w.out) + l * out.size, first.numel() + second.numel(), sizeof(scalar));
     const int64_t bytes = after.w.in * panels.at(0).stride * static_cast<int64_t>(sizeof(scalar));
     shuffle.group(std::max<int64_t>(kHiddenBytes / bytes, 1));
     const int64_t n = shuffle.blocks, run = shuffle.apart;
@@ -430,18 +462,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blast_backward(
   const int64_t b = right.size(0), r = right.size(1);
   const Tensor grad = rows_of(g), from = rows_of(x), one = as_it_lies(right), two = as_it_lies(left);
   const Tensor mixing = coupling.to(at::kFloat).contiguous();
-  Tensor dx = like(x, wanted[0]), dright = sums_like(one, wanted[1]), dleft = sums_like(two, wanted[3]);
-  Tensor dcoupling = sums_like(mixing, wanted[2]);
-  none_where_no_rows(g.size(0), {&dright, &dcoupling, &dleft});
+  const Panels panels(g.size(0), b * (2 * right.size(2) + 3 * r + left.size(1)), right, left);
+  Tensor dx = like(x, wanted[0]), dright = room_for(one, b, panels, wanted[1]);
+  Tensor dleft = room_for(two, b, panels, wanted[3]), dcoupling = room_for(mixing, b, panels, wanted[2]);
   by_dtype(x, [&](auto number) {
     using scalar = decltype(number);
-    const Stage<scalar> before{Weights<scalar>(one), b, numbers(dright)}, after{Weights<scalar>(two), b, numbers(dleft)};
+    const auto before = stage_of<scalar>(one, b, dright), after = stage_of<scalar>(two, b, dleft);
     const Order in(b, before.w.in, false), out(b, after.w.out, false);
     const Shuffle straight_on(b, r);
     const float* scale = mixing.const_data_ptr<float>();
     const bool back = wanted[0] || wanted[1], again = wanted[2] || wanted[3];
-    const Panels panels(
-        g.size(0), b * (2 * in.size + 3 * r + out.size), right.numel() + left.numel(), sizeof(scalar));
     for (int64_t begin = 0; begin < g.size(0); begin += panels.width) {
       const Tile tile = panels.at(begin);
       Scratch scratch;
@@ -456,7 +486,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blast_backward(
       if (again) before.forward(0, r, taken, tile, hidden);
       if (wanted[3]) coupled(b, r, scale, false, hidden, tile, mixed);
       second_backward(after, 0, b, straight_on, given, mixed, tile, dmixed, begin > 0);
-      if (wanted[2]) coupling_backward(b, r, dmixed, hidden, tile, numbers(dcoupling), begin > 0);
+      if (wanted[2]) coupling_backward(b, r, dmixed, hidden, tile, dcoupling.mutable_data_ptr<float>(), begin > 0);
       if (!back) continue;
       coupled(b, r, scale, true, dmixed, tile, mixed);
       first_backward(before, 0, r, mixed, taken, tile, dtaken, false, begin > 0);

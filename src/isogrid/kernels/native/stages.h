@@ -55,11 +55,12 @@ struct Weights {
     turn(at + first, step, in, count, count, in, [&](int64_t f) { return room + f * in; });
     return {room, in};
   }
-  // The same of the transposed block, (in, count).
-  Matrix<scalar> inputs(int64_t c, int64_t first, int64_t count, scalar* room) const {
+  // Inputs start … of the transposed block, (some, count), against outputs first … of it.
+  Matrix<scalar> inputs(
+      int64_t c, int64_t start, int64_t some, int64_t first, int64_t count, scalar* room) const {
     const scalar* at = data + c * block;
-    if (turned) return {at + first, step};
-    turn(at + first * step, step, count, in, in, count, [&](int64_t f) { return room + f * count; });
+    if (turned) return {at + start * step + first, step};
+    turn(at + first * step + start, step, count, some, some, count, [&](int64_t f) { return room + f * count; });
     return {room, count};
   }
 };
