@@ -64,10 +64,8 @@ inline void keep(const float* from, int64_t width, float* to) {
 }
 
 inline void keep(const float* from, int64_t width, BFloat16* to) {
-  for (int64_t t = 0; t < width; t += kLane) {
-    const __m512i wide = pairs(_mm512_loadu_ps(from + t), _mm512_setzero_ps());
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t), _mm512_cvtepi32_epi16(wide));
-  }
+  for (int64_t t = 0; t < width; t += kLane)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t), halves(_mm512_loadu_ps(from + t)));
 }
 
 // Any number of them.
@@ -78,8 +76,7 @@ inline void keep_some(const float* from, int64_t count, float* to) {
 inline void keep_some(const float* from, int64_t count, BFloat16* to) {
   for (int64_t j = 0; j < count; j += kLane) {
     const __mmask16 mask = lanes(count - j);
-    const __m512i wide = pairs(_mm512_maskz_loadu_ps(mask, from + j), _mm512_setzero_ps());
-    _mm256_mask_storeu_epi16(to + j, mask, _mm512_cvtepi32_epi16(wide));
+    _mm256_mask_storeu_epi16(to + j, mask, halves(_mm512_maskz_loadu_ps(mask, from + j)));
   }
 }
 

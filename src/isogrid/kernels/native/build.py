@@ -36,6 +36,11 @@ FLAGS = (
 )
 
 
+def flags() -> tuple[str, ...]:
+    """Of the compiler, for this processor: their names are part of what is built, so that machines can share a cache."""
+    return (*FLAGS, "-mavx512bf16") if torch.cpu.get_capabilities().get("avx512_bf16") else FLAGS
+
+
 def cache_folder() -> Path:
     """``$ISOGRID_CACHE``, or ``isogrid`` in the user's cache."""
     named = os.environ.get("ISOGRID_CACHE")
@@ -76,7 +81,7 @@ def shared_object(say: bool = True) -> Path:
         raise OSError("no C++ compiler (g++ or clang++, or name one in CXX)")
     folder = Path(__file__).parent
     version = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False).stdout
-    digest = hashlib.sha256("\n".join([torch.__version__, torch.version.git_version, version, *FLAGS]).encode())
+    digest = hashlib.sha256("\n".join([torch.__version__, torch.version.git_version, version, *flags()]).encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((folder / name).read_bytes())
     place = cache_folder() / "native" / f"isogrid-{digest.hexdigest()[:16]}.so"
@@ -95,7 +100,7 @@ def _build(tool: str, folder: Path, place: Path) -> None:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
         built = Path(scratch) / place.name
-        command = [tool, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(built)]
+        command = [tool, *flags(), *(str(folder / name) for name in SOURCES), "-o", str(built)]
         command += [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}", f"-L{root / 'lib'}"]
         # Before the compiler's own: torch's OpenMP, whose threads are there already.
         command += ["-Wl,--as-needed", *map(str, sorted((root / "lib").glob("libgomp*.so*")))]

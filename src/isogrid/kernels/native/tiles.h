@@ -154,18 +154,36 @@ ISOGRID_INLINE void transpose16(__m512i v[16]) {
   }
 }
 
-// Two float rows to pairs of bfloat16, the first in the lower half; to the nearest, ties to even.
-ISOGRID_INLINE __m512i pairs(__m512 low, __m512 high) {
-  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x7fc00000);
-  const auto rounded = [&](__m512 value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
-    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(half, odd));
-    return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), quiet);
-  };
-  return _mm512_or_si512(
-      _mm512_srli_epi32(rounded(low), 16), _mm512_and_si512(rounded(high), _mm512_set1_epi32(0xffff0000)));
+// Floats to bfloat16, to the nearest, ties to even. The processor's own instruction takes numbers below 1e-38 as zeros.
+#ifdef __AVX512BF16__
+ISOGRID_INLINE __m256i halves(__m512 value) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
 }
+
+// Two float rows to pairs, the first in the lower half.
+ISOGRID_INLINE __m512i pairs(__m512 low, __m512 high) {
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+#else
+ISOGRID_INLINE __m512i rounded_bits(__m512 value) {
+  const __m512i one = _mm512_set1_epi32(1), half = _mm512_set1_epi32(0x7fff), quiet = _mm512_set1_epi32(0x7fc00000);
+  const __m512i bits = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(half, odd));
+  return _mm512_mask_mov_epi32(sum, _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q), quiet);
+}
+
+ISOGRID_INLINE __m256i halves(__m512 value) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_bits(value), 16));
+}
+
+ISOGRID_INLINE __m512i pairs(__m512 low, __m512 high) {
+  return _mm512_or_si512(
+      _mm512_srli_epi32(rounded_bits(low), 16), _mm512_and_si512(rounded_bits(high), _mm512_set1_epi32(0xffff0000)));
+}
+#endif
 
 // Sixteen registers of rows from `t` on, `apart` rows apart, zeros beyond the rows.
 ISOGRID_INLINE void registers(
