@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def assert_near(found: Tensor, wanted: Tensor, size: Tensor | None = None, times
     assert found.shape == wanted.shape
     if wanted.numel():
         found, wanted = found.detach(), wanted.detach()
-        scale = (wanted if size is None else size).double().norm().clamp_min(1e-12)
+        scale = (wanted if size is None else size).detach().double().norm().clamp_min(1e-12)
         assert float((found.double() - wanted.double()).norm() / scale) < times * BOUNDS[found.dtype]
 
 
@@ -82,6 +83,135 @@ def test_coupled_stages(b, r, p, s, rows, dtype):
     x = gaussian(rows, b * p, seed=2, dtype=dtype)
     wanted, size = (coupled_stages(change(x), *map(change, factors)) for change in (Tensor.double, absolute))
     assert_near(coupled_stages(x, *factors), wanted, size)
+
+
+@settings(deadline=None)
+@given(k=blocks, l=blocks, run=st.integers(1, 9), p=side, s=side, rows=rows_, dtype=dtypes, turned=st.booleans(),
+       shared=st.booleans(), fewer=st.integers(0, 3))  # fmt: skip
+def test_two_stages_with_runs_on_factors_as_they_lie(k, l, run, p, s, rows, dtype, turned, shared, fewer):  # noqa: E741
+    first = gaussian(1 if shared else k, l * run, p, dtype=dtype)
+    second = gaussian(1 if shared else l, s, k * run, seed=1, dtype=dtype)
+    if turned:
+        first, second = (value.mT.contiguous().mT for value in (first, second))
+    x, bias = gaussian(rows, max(k * p - fewer, 1), seed=2, dtype=dtype), gaussian(l * s, seed=3, dtype=dtype)
+    found = two_stage(x, first, second, interleave=False, blocks=(k, l), in_runs=True, bias=bias)
+    wanted, size = (
+        two_stage(*map(change, (x, first, second)), interleave=False, blocks=(k, l), in_runs=True, bias=change(bias))
+        for change in (Tensor.double, absolute)
+    )
+    assert_near(found, wanted, size)
+
+
+def products(case: str, k: int, q: int, p: int, s: int) -> tuple[list[tuple[int, ...]], Callable[..., Tensor]]:
+    """Shapes of the factors, and the product of rows with them and a bias."""
+    kron = {"blocks": (k, 3), "interleave": True}
+    return {
+        "one": ([(k, q, p)], lambda x, w, bias: one_stage(x, w, bias=bias)),
+        "one in turn": ([(k, q, p)], lambda x, w, bias: one_stage(x, w, in_turn=True, out_turn=True, bias=bias)),
+        "two": ([(k, 3 * q, p), (3, s, k * q)], lambda x, a, b, bias: two_stage(x, a, b, interleave=True, bias=bias)),
+        "uneven": ([(k, 3, p), (k, s, 3)], lambda x, a, b, bias: two_stage(x, a, b, interleave=False, bias=bias)),
+        "turned": (
+            [(k, p, 3 * q), (3, k * q, s)],
+            lambda x, a, b, bias: two_stage(x, a.mT, b.mT, interleave=False, in_runs=True, bias=bias),
+        ),
+        "shared": ([(1, 3 * q, p), (1, s, k * q)], lambda x, a, b, bias: two_stage(x, a, b, bias=bias, **kron)),
+        "coupled": ([(k, q, p), (k, k, q), (k, s, q)], lambda x, a, c, b, bias: coupled_stages(x, a, c, b, bias=bias)),
+    }[case]
+
+
+CASES = ("one", "one in turn", "two", "uneven", "turned", "shared", "coupled")
+
+
+@settings(deadline=None, max_examples=25)
+@given(k=blocks, q=st.integers(1, 20), p=side, s=side, dtype=dtypes, slope=st.booleans(),
+       rows=st.sampled_from([0, 1, 5, 16, 33, 64, 65, 130, 300]))  # fmt: skip
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_every_product(case, k, q, p, s, dtype, slope, rows):
+    shapes, product = products(case, k, q, p, s)
+    leaves = [gaussian(rows, k * p, dtype=dtype)]
+    leaves += [gaussian(*shape, seed=i + 1, dtype=dtype) for i, shape in enumerate(shapes)]
+    with torch.no_grad():
+        features = product(*leaves, None).shape[1]
+    leaves.append(gaussian(features, seed=9, dtype=dtype))
+    gradient = (
+        gaussian(features, rows, seed=8, dtype=dtype).mT if slope else gaussian(rows, features, seed=8, dtype=dtype)
+    )
+    results = []
+    for change in (Tensor.clone, Tensor.double, absolute):
+        some = [change(value).requires_grad_() for value in leaves]
+        y = product(*some)
+        y.backward(change(gradient))
+        results.append([y, *(value.grad for value in some)])
+    for found, wanted, size in zip(*results, strict=True):
+        assert found.dtype == dtype
+        assert_near(found, wanted, size, times=2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_one_by_one_are_those_of_all(case):
+    shapes, product = products(case, 3, 4, 5, 6)
+    leaves = [gaussian(70, 15), *(gaussian(*shape, seed=i + 1) for i, shape in enumerate(shapes))]
+    with torch.no_grad():
+        leaves.append(gaussian(product(*leaves, None).shape[1], seed=9))
+    together = [value.clone().requires_grad_() for value in leaves]
+    product(*together).sin().sum().backward()
+    for asked in range(len(leaves)):
+        alone = [value.clone().requires_grad_(place == asked) for place, value in enumerate(leaves)]
+        product(*alone).sin().sum().backward()
+        torch.testing.assert_close(alone[asked].grad, together[asked].grad)
+        assert all(value.grad is None for place, value in enumerate(alone) if place != asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_depend_on_no_number_of_threads(case, dtype):
+    shapes, product = products(case, 3, 20, 18, 40)
+    leaves = [gaussian(200, 54, dtype=dtype)]
+    leaves += [gaussian(*shape, seed=i + 1, dtype=dtype) for i, shape in enumerate(shapes)]
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            some = [value.clone().requires_grad_() for value in leaves]
+            product(*some, None).float().sin().sum().backward()
+            results.append([value.grad for value in some])
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        for found, wanted in zip(others, results[0], strict=True):
+            assert_near(found, wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_gradients(case):
+    shapes, product = products(case, 2, 3, 4, 5)
+    leaves = [gaussian(9, 8), *(gaussian(*shape, seed=i + 1) for i, shape in enumerate(shapes))]
+    seconds = []
+    for change in (Tensor.clone, Tensor.double):
+        some = [change(value).requires_grad_() for value in leaves]
+        grads = torch.autograd.grad(product(*some, None).square().sum(), some, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(one.square().sum() for one in grads), some))
+    for found, wanted in zip(*seconds, strict=True):
+        assert_near(found, wanted, times=5)
+
+
+@pytest.mark.parametrize("fmt", ["kronecker(terms=2)", "block_dense(rank=3, blocks=4)", "low_rank(rank=5)"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 70])
+def test_formats_that_share_the_two_stages(fmt, dtype, rows):
+    layer = StructuredLinear(24, 36, fmt, dtype=dtype)
+    exact = StructuredLinear(24, 36, fmt, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    torch.nn.init.normal_(layer.bias)
+    exact.bias.data = layer.bias.data.double()
+    x = gaussian(rows, 24, dtype=dtype)
+    y, wanted = layer(x), exact(x.double())
+    assert_near(y, wanted, times=2)
+    y.sum().backward()
+    wanted.sum().backward()
+    for value, other in zip(layer.parameters(), exact.parameters(), strict=True):
+        if rows:
+            assert_near(value.grad, other.grad, times=3)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 40])
@@ -224,6 +354,10 @@ def test_ten_thousand_calls_leave_nothing_behind():
     with torch.no_grad():
         for call in range(10_000):
             two_stage(torch.ones(call % 130 + 1, 24), first, second, interleave=True)
+    for call in range(1_000):
+        leaves = [torch.ones(call % 130 + 1, 24), first, second]
+        two_stage(*(value.requires_grad_() for value in leaves), interleave=True).sum().backward()
+        first.grad = second.grad = None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KiB
 
 

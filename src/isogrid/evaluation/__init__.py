@@ -3,6 +3,7 @@
 from isogrid.evaluation.heatmap import heatmap_fidelity, heatmaps
 from isogrid.evaluation.latency import Timing, forget_peak_memory, interleaved_medians, peak_memory_bytes
 from isogrid.evaluation.mode import evaluating
+from isogrid.evaluation.peak import peak_step_bytes, saved_bytes, training_peak_bytes
 from isogrid.evaluation.perplexity import Perplexity, perplexity
 from isogrid.evaluation.sts import embed_sentences, spearman, sts_spearman
 from isogrid.evaluation.tuning import compare, tune
@@ -18,8 +19,11 @@ __all__ = [
     "heatmaps",
     "interleaved_medians",
     "peak_memory_bytes",
+    "peak_step_bytes",
     "perplexity",
+    "saved_bytes",
     "spearman",
     "sts_spearman",
+    "training_peak_bytes",
     "tune",
 ]

@@ -45,9 +45,8 @@ def one_stage(
     k, q, p = blocks.shape
     features = k * q if features is None else features
     if x.shape[-1] and native.takes(x, blocks):
-        rows, added = x.reshape(-1, x.shape[-1]), _like(bias, x)
-        out: Tensor = torch.ops.isogrid.blocked(rows, blocks, added, k, in_turn, out_turn, features)
-        return out.view(*x.shape[:-1], features)
+        out: Tensor = torch.ops.isogrid.blocked(_flat(x), blocks, _like(bias, x), k, in_turn, out_turn, features)
+        return _shaped(out, x)
     rows = pad_features(x, k * p).reshape(-1, k * p)
     dealt = rows.view(-1, p, k).permute(2, 0, 1) if in_turn else rows.view(-1, k, p).transpose(0, 1)
     if bias is None:
@@ -68,7 +67,7 @@ def low_rank_product(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None
         bias: ``(out,)``, added within the product.
     """
     if _few(x, right, left):
-        return two_stage(x, right.unsqueeze(0), left.unsqueeze(0), interleave=False, bias=bias)
+        return _second_dense(x, right.unsqueeze(0), left, bias)
     return torch.nn.functional.linear(torch.nn.functional.linear(x, right), left, _like(bias, x))
 
 
@@ -82,7 +81,7 @@ def block_dense_product(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | N
         bias: ``(out,)``, added within the product.
     """
     if _few(x, right, left):
-        return two_stage(x, right, left.unsqueeze(0), interleave=False, bias=bias)
+        return _second_dense(x, right, left, bias)
     return torch.nn.functional.linear(one_stage(x, right), left, _like(bias, x))
 
 
@@ -130,9 +129,10 @@ def two_stage(
     p, s = first.shape[2], second.shape[1]
     features = l * s if features is None else features
     if x.shape[-1] and native.takes(x, first, second):
-        flat, added = x.reshape(-1, x.shape[-1]), _like(bias, x)
-        out: Tensor = torch.ops.isogrid.two_stage(flat, first, second, added, (k, l), in_runs, interleave, features)
-        return out.view(*x.shape[:-1], features)
+        out: Tensor = torch.ops.isogrid.two_stage(
+            _flat(x), first, second, _like(bias, x), (k, l), in_runs, interleave, features
+        )
+        return _shaped(out, x)
     first, second = first.expand(k, -1, -1), second.expand(l, -1, -1)
     added = None if bias is None else _dealt_bias(bias, x, l, s, interleave)
     rows = pad_features(x, k * p).reshape(-1, k, p)  # (rows, k, p)
@@ -170,9 +170,8 @@ def coupled_stages(
     s = left.shape[1]
     features = b * s if features is None else features
     if x.shape[-1] and native.takes(x, right, coupling, left):
-        flat, added = x.reshape(-1, x.shape[-1]), _like(bias, x)
-        out: Tensor = torch.ops.isogrid.blast(flat, right, coupling, left, added, features)
-        return out.view(*x.shape[:-1], features)
+        out: Tensor = torch.ops.isogrid.blast(_flat(x), right, coupling, left, _like(bias, x), features)
+        return _shaped(out, x)
     rows = pad_features(x, b * p).reshape(-1, b, p)
     hidden = torch.bmm(right, rows.permute(1, 2, 0))  # (column blocks, rank, rows)
     mixed = torch.bmm(coupling.permute(2, 0, 1), hidden.transpose(0, 1)).transpose(0, 1)  # (row blocks, rank, rows)
@@ -199,8 +198,24 @@ def _few(x: Tensor, *factors: Tensor) -> bool:
     return not torch.is_grad_enabled() or not any(value.requires_grad for value in (x, *factors))
 
 
+def _second_dense(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+    """The native product with one block ``left`` in the second stage."""
+    out: Tensor = torch.ops.isogrid.two_stage(
+        _flat(x), right, left.unsqueeze(0), _like(bias, x), (right.shape[0], 1), False, False, left.shape[0]
+    )
+    return _shaped(out, x)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped(out: Tensor, x: Tensor) -> Tensor:
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
+
+
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
+    return bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype)
 
 
 def _dealt_bias(bias: Tensor, x: Tensor, blocks: int, size: int, in_turn: bool) -> Tensor:

@@ -37,7 +37,7 @@ FLAGS = (
 
 
 def flags() -> tuple[str, ...]:
-    """Of the compiler, for this processor: their names are part of what is built, so that machines can share a cache."""
+    """Of the compiler, for this processor; they are part of what names a library, so machines can share a cache."""
     return (*FLAGS, "-mavx512bf16") if torch.cpu.get_capabilities().get("avx512_bf16") else FLAGS
 
 

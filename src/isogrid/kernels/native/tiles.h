@@ -4,12 +4,11 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <c10/core/CPUAllocator.h>
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 namespace isogrid {
@@ -56,19 +55,16 @@ class Scratch {
     if (pool.used == pool.pieces.size()) pool.pieces.emplace_back();
     Piece& piece = pool.pieces[pool.used++];
     if (piece.bytes < bytes) {
-      piece.memory.reset(static_cast<char*>(std::aligned_alloc(64, bytes)));
-      TORCH_CHECK(piece.memory != nullptr, "out of memory for a tile of ", bytes, " bytes");
+      piece.memory = {};  // first: never both at once
+      piece.memory = c10::GetCPUAllocator()->allocate(bytes);  // at a multiple of 64; counted where memory is
       piece.bytes = bytes;
     }
-    return reinterpret_cast<T*>(piece.memory.get());
+    return static_cast<T*>(piece.memory.get());
   }
 
  private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
   struct Piece {
-    std::unique_ptr<char, Free> memory;
+    c10::DataPtr memory;
     size_t bytes = 0;
   };
   struct Pool {
