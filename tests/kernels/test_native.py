@@ -21,13 +21,13 @@ from isogrid.kernels.native import build
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="no native products on this machine")
 # Against the portable product in float64 from the same rounded numbers.
-BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 FORMATS = ("monarch(blocks=4)", "monarch(blocks=3, rank=2)", "block_tensor_train(rank=2)", "blast(blocks=3, rank=5)",
            "block_diagonal(blocks=3)", "block_diagonal(blocks=4, shuffle=true)")  # fmt: skip
 side = st.integers(1, 40)
 blocks = st.integers(1, 6)
 rows_ = st.sampled_from([0, 1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 130])
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
 
 def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -162,7 +162,7 @@ def test_gradients_one_by_one_are_those_of_all(case):
         assert all(value.grad is None for place, value in enumerate(alone) if place != asked)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_depend_on_no_number_of_threads(case, dtype):
     shapes, product = products(case, 3, 20, 18, 40)
@@ -196,7 +196,7 @@ def test_gradients_of_gradients(case):
 
 
 @pytest.mark.parametrize("fmt", ["kronecker(terms=2)", "block_dense(rank=3, blocks=4)", "low_rank(rank=5)"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 7, 70])
 def test_formats_that_share_the_two_stages(fmt, dtype, rows):
     layer = StructuredLinear(24, 36, fmt, dtype=dtype)
@@ -252,7 +252,7 @@ def test_second_derivatives():
         assert_near(found, wanted, times=5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_inputs_that_are_not_contiguous(dtype):
     first, second = gaussian(3, 4, 6, dtype=dtype), gaussian(2, 7, 6, dtype=dtype)
     for x in (
@@ -266,7 +266,7 @@ def test_inputs_that_are_not_contiguous(dtype):
     assert torch.equal(two_stage(x, turned, second, interleave=True), straight)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_results_depend_on_no_other_row_and_on_no_number_of_threads(fmt, dtype):
     layer = StructuredLinear(48, 60, fmt, dtype=dtype).requires_grad_(False)
@@ -407,7 +407,7 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.so"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [(4, 96, 192), (1, 300, 400), (3, 130, 260)], ids=str)
 def test_threads_share_a_single_tile(shape, dtype):
     k, q, p = shape

@@ -192,10 +192,15 @@ def pad_features(x: Tensor, features: int) -> Tensor:
 
 
 def _few(x: Tensor, *factors: Tensor) -> bool:
-    """Whether a native product beats PyTorch's dense ones: few rows, and no gradients, which those are better at."""
-    if x.shape[:-1].numel() > FEW_DENSE_ROWS or not x.shape[-1] or not native.takes(x, *factors):
+    """Whether a native product beats PyTorch's dense ones: few rows and no gradients; in float16 always."""
+    few = x.dtype == torch.float16 or x.shape[:-1].numel() <= FEW_DENSE_ROWS
+    if not few or not x.shape[-1] or not native.takes(x, *factors):
         return False
-    return not torch.is_grad_enabled() or not any(value.requires_grad for value in (x, *factors))
+    return (
+        x.dtype == torch.float16
+        or not torch.is_grad_enabled()
+        or not any(value.requires_grad for value in (x, *factors))
+    )
 
 
 def _second_dense(x: Tensor, right: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:

@@ -18,11 +18,11 @@ from isogrid.kernels.native.build import shared_object, unsuitable
 
 # Tensors that are nothing but numbers in memory: no subclass stands between.
 PLAIN: frozenset[type] = frozenset({Tensor, torch.nn.Parameter})
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LOADING = threading.Lock()
 _found: frozenset[torch.dtype] | None = None
 # How far the trial product of each dtype may be from the true one, relative to it.
-TRUSTED = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+TRUSTED = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def loaded() -> frozenset[torch.dtype]:

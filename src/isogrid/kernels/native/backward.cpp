@@ -330,6 +330,7 @@ Tensor rows_of(const Tensor& x) {
 std::tuple<Tensor, Tensor> blocked_backward(
     const Tensor& g, const Tensor& x, const Tensor& w, int64_t blocks, bool in_turn, bool out_turn,
     std::array<bool, 2> wanted) {
+  if (x.scalar_type() == at::kHalf) return in_floats(blocked_backward, g, x, w, blocks, in_turn, out_turn, wanted);
   const Tensor grad = rows_of(g), from = rows_of(x), weights = as_it_lies(w);
   const Panels panels(g.size(0), blocks * (2 * w.size(2) + w.size(1)), w);
   Tensor dx = like(x, wanted[0]), dw = room_for(weights, blocks, panels, wanted[1]);
@@ -358,6 +359,8 @@ constexpr int64_t kHiddenBytes = 2 * 1024 * 1024;
 std::tuple<Tensor, Tensor, Tensor> two_stage_backward(
     const Tensor& g, const Tensor& x, const Tensor& first, const Tensor& second, at::IntArrayRef blocks, bool in_runs,
     bool interleave, std::array<bool, 3> wanted) {
+  if (x.scalar_type() == at::kHalf)
+    return in_floats(two_stage_backward, g, x, first, second, blocks, in_runs, interleave, wanted);
   const int64_t k = blocks[0], l = blocks[1];
   const Tensor grad = rows_of(g), from = rows_of(x), one = as_it_lies(first), two = as_it_lies(second);
   const Panels panels(g.size(0), 2 * k * (first.size(1) + first.size(2)) + l * second.size(1), first, second);
@@ -456,6 +459,7 @@ void coupling_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor> blast_backward(
     const Tensor& g, const Tensor& x, const Tensor& right, const Tensor& coupling, const Tensor& left,
     std::array<bool, 4> wanted) {
+  if (x.scalar_type() == at::kHalf) return in_floats(blast_backward, g, x, right, coupling, left, wanted);
   const int64_t b = right.size(0), r = right.size(1);
   const Tensor grad = rows_of(g), from = rows_of(x), one = as_it_lies(right), two = as_it_lies(left);
   const Tensor mixing = coupling.to(at::kFloat).contiguous();

@@ -247,6 +247,7 @@ void by_dtype(const Tensor& x, const F& work) {
 Tensor blocked_cpu(
     const Tensor& x, const Tensor& w, const std::optional<Tensor>& bias, int64_t blocks, bool in_turn, bool out_turn,
     int64_t features) {
+  if (x.scalar_type() == at::kHalf) return in_floats(blocked_cpu, x, w, bias, blocks, in_turn, out_turn, features);
   check(x, w, blocks, "blocked");
   check_features(x, blocks, w, features, blocks * w.size(1));
   const Tensor from = in_rows(x), weights = w.contiguous(), added = as_floats(bias, features);
@@ -268,6 +269,8 @@ Tensor blocked_cpu(
 Tensor two_stage_cpu(
     const Tensor& x, const Tensor& first, const Tensor& second, const std::optional<Tensor>& bias,
     at::IntArrayRef blocks, bool in_runs, bool interleave, int64_t features) {
+  if (x.scalar_type() == at::kHalf)
+    return in_floats(two_stage_cpu, x, first, second, bias, blocks, in_runs, interleave, features);
   const int64_t k = blocks[0], l = blocks[1];
   check(x, first, k, "two_stage");
   check(x, second, l, "two_stage");
@@ -296,6 +299,7 @@ Tensor two_stage_cpu(
 Tensor blast_cpu(
     const Tensor& x, const Tensor& right, const Tensor& coupling, const Tensor& left, const std::optional<Tensor>& bias,
     int64_t features) {
+  if (x.scalar_type() == at::kHalf) return in_floats(blast_cpu, x, right, coupling, left, bias, features);
   const int64_t b = right.size(0);
   check(x, right, b, "blast");
   check(x, left, b, "blast");

@@ -23,6 +23,31 @@ struct Order {
 template <typename scalar>
 constexpr bool kPaired = !std::is_same_v<scalar, float>;  // neighbours of a block share a 32-bit unit
 
+// A product of float16 in floats: processors that multiply these are few, PyTorch's own products of them many times
+// slower than turning them into floats and back.
+inline Tensor as_float(const Tensor& value) {
+  return value.to(at::kFloat);
+}
+
+template <typename T>
+T as_float(const T& value) {
+  return value;
+}
+
+inline Tensor as_half(const Tensor& value) {
+  return value.to(at::kHalf);
+}
+
+template <typename... T>
+std::tuple<T...> as_half(const std::tuple<T...>& values) {
+  return std::apply([](const auto&... one) { return std::tuple<T...>{as_half(one)...}; }, values);
+}
+
+template <typename Product, typename... Arguments>
+auto in_floats(const Product& product, const Arguments&... arguments) {
+  return as_half(product(as_float(arguments)...));
+}
+
 // Part of a matrix, its rows `step` numbers apart.
 template <typename scalar>
 struct Matrix {
