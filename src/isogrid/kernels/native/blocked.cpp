@@ -42,30 +42,40 @@ struct Rows {
   }
 };
 
-// found (out, rows) = a stage's blocks · taken, feature-major.
-template <typename scalar>
-void stage(
-    const Weights<scalar>& w, int64_t blocks, const scalar* taken, int64_t pitch, float* found, const Tile& tile,
-    bool shared) {
-  over_blocks(blocks, w.out, shared, [&](int64_t c, int64_t t, int64_t n) {
-    multiply(
-        n, tile.padded, w.in, w.data + c * w.block + t * w.step, w.step, taken + c * pitch * tile.stride, tile.stride,
-        found + (c * w.out + t) * tile.stride, tile.stride);
-  });
-}
+// Bytes of weights from which on tiles share them while they are in the cache, and how many tiles do.
+constexpr int64_t kStreamed = 1024 * 1024;
+constexpr int64_t kSharingTiles = 4;
+// Outputs whose weights are in the cache meanwhile.
+constexpr int64_t kChunk = 64;
 
-template <typename scalar>
-void one_stage(const Rows<scalar>& rows, const Weights<scalar>& w, const Order& in, const Order& out) {
-  const int64_t k = in.blocks, width = tile_width(rows.count, k * (w.in + w.out));
-  over_tiles(rows.count, width, [&](int64_t begin, int64_t count) {
-    const Tile tile(count);
-    Scratch scratch;
-    auto* taken = scratch.take<scalar>(k * in.pitch * tile.stride);
-    auto* found = scratch.take<float>(k * w.out * tile.stride);
-    rows.take(begin, in, tile, taken);
-    stage(w, k, taken, in.pitch, found, tile, shares_tile(rows.count, width, k * w.out * w.in));
-    rows.give(begin, out, tile, found);
-  });
+// How rows are cut: into panels of so many tiles, whose products run together or tile by tile.
+struct Cut {
+  int64_t rows, width, tiles, together;
+
+  Cut(int64_t count, int64_t features, int64_t weight_bytes, bool panels) : rows(count), width(0), tiles(1), together(1) {
+    const bool streamed = weight_bytes > kStreamed && rows > kMostRows;
+    width = streamed ? kMostRows : tile_width(rows, features);
+    if (!streamed && !panels) return;
+    const int64_t all = (rows + width - 1) / width, threads = at::get_num_threads();
+    tiles = std::clamp<int64_t>(all / threads, 1, kSharingTiles);
+    together = streamed ? tiles : 1;
+  }
+  int64_t stride() const { return width + kLane; }
+  Tile tile(int64_t count, int64_t t) const { return Tile(std::min(width, count - t * width), stride()); }
+};
+
+// found (out, rows) = blocks of weights · taken, feature-major, for some tiles; `take(c, t)` is what a block takes,
+// `found(c, t)` where its outputs begin.
+template <typename scalar, typename Take, typename Found>
+void stage(
+    const Weights<scalar>& w, int64_t c, int64_t first, int64_t count, int64_t tiles, const Take& take,
+    const Found& found, const Cut& cut, int64_t rows) {
+  const int64_t each = tiles > 1 ? kChunk : count;
+  for (int64_t i = first; i < first + count; i += each)
+    for (int64_t t = 0; t < tiles; ++t)
+      multiply(
+          std::min(each, first + count - i), cut.tile(rows, t).padded, w.in, w.data + c * w.block + i * w.step, w.step,
+          take(c, t), cut.stride(), found(c, t) + i * cut.stride(), cut.stride());
 }
 
 // The weights of some outputs of each block, as a product takes them.
@@ -79,59 +89,106 @@ Weights<scalar> straight(
   return {room, count, w.in, w.block == 0 ? 0 : count * w.in, false, w.in};
 }
 
+template <typename scalar>
+void one_stage(const Rows<scalar>& rows, const Weights<scalar>& w, const Order& in, const Order& out) {
+  const int64_t k = in.blocks;
+  const Cut cut(rows.count, k * (w.in + w.out), k * w.in * w.out * sizeof(scalar), false);
+  const bool shared = shares_tile(rows.count, cut.width, k * w.out * w.in);
+  over_tiles(rows.count, cut.tiles * cut.width, [&](int64_t begin, int64_t count) {
+    const int64_t tiles = (count + cut.width - 1) / cut.width;
+    const int64_t before = k * in.pitch * cut.stride(), after = k * w.out * cut.stride();
+    Scratch scratch;
+    auto* taken = scratch.take<scalar>(tiles * before);
+    auto* found = scratch.take<float>(tiles * after);
+    for (int64_t t = 0; t < tiles; ++t) rows.take(begin + t * cut.width, in, cut.tile(count, t), taken + t * before);
+    over_blocks(k, w.out, shared, [&](int64_t block, int64_t first, int64_t some) {
+      stage(
+          w, block, first, some, tiles, [&](int64_t c, int64_t t) { return taken + t * before + c * in.pitch * cut.stride(); },
+          [&](int64_t c, int64_t t) { return found + t * after + c * w.out * cut.stride(); }, cut, count);
+    });
+    for (int64_t t = 0; t < tiles; ++t) rows.give(begin + t * cut.width, out, cut.tile(count, t), found + t * after);
+  });
+}
+
+// Between two stages, in some tiles: `units` for each of them, which the second stage's blocks then take by number.
+struct Hidden {
+  float* units;
+  int64_t step;  // from tile to tile
+};
+
+// The second stage of some blocks: number rho of block a stands at place(a, rho) among the hidden units.
+template <typename scalar, typename Place>
+void second_stage(
+    const Weights<scalar>& w, int64_t blocks, bool shared, int64_t tiles, const Hidden& hidden, const Place& place,
+    float* found, int64_t step, const Cut& cut, int64_t rows) {
+  over_blocks(blocks, w.out, shared, [&](int64_t block, int64_t first, int64_t some) {
+    Scratch scratch;
+    const int64_t each = (w.in + 1) * cut.stride();
+    auto* taken = scratch.take<scalar>(tiles * each);
+    for (int64_t t = 0; t < tiles; ++t)
+      narrow(
+          w.in, cut.tile(rows, t).padded,
+          [&](int64_t rho) { return hidden.units + t * hidden.step + place(block, rho) * cut.stride(); }, taken + t * each,
+          cut.stride());
+    stage(
+        w, block, first, some, tiles, [&](int64_t, int64_t t) { return taken + t * each; },
+        [&](int64_t c, int64_t t) { return found + t * step + c * w.out * cut.stride(); }, cut, rows);
+  });
+}
+
 // Bytes of the weights of a group, and of its hidden units in a tile, that a second-level cache keeps beside the rest.
 constexpr int64_t kGroupBytes = 256 * 1024;
-// Rows that share the weights of a group.
-constexpr int64_t kGroupTiles = 4;
 
 template <typename scalar>
 void two_stages(
     const Rows<scalar>& rows, const Weights<scalar>& first, const Weights<scalar>& second, Shuffle shuffle,
     const Order& in, const Order& out) {
-  const int64_t k = shuffle.k, l = shuffle.l, r = shuffle.r, p = first.in, s = second.out;
+  const int64_t k = shuffle.k, l = shuffle.l, r = shuffle.r, p = first.in, s = second.out, size = sizeof(scalar);
   if (shuffle.runs && !out.in_turn) {
-    const int64_t run = shuffle.q / l, size = sizeof(scalar);
-    const int64_t each = std::max(k * run * p * size + s * r * size, r * kMostRows * static_cast<int64_t>(sizeof(float)));
-    shuffle.group(std::max({kGroupBytes / std::max<int64_t>(each, 1), (kLane + run - 1) / std::max<int64_t>(run, 1), int64_t{1}}));
+    const int64_t run = shuffle.apart, tile_bytes = r * kMostRows * static_cast<int64_t>(sizeof(float));
+    const int64_t bytes = std::max<int64_t>(std::max((k * run * p + s * r) * size, tile_bytes), 1);
+    shuffle.group(std::max({kGroupBytes / bytes, (kLane + run - 1) / run, int64_t{1}}));
   }
-  const bool grouped = shuffle.blocks < l, many = grouped || first.turned || second.turned;
+  const bool grouped = shuffle.blocks < l, panels = grouped || first.turned || second.turned;
   const int64_t units = shuffle.units, n = shuffle.blocks;
-  const int64_t width = tile_width(rows.count, (grouped ? 0 : k * p) + k * units + n * s);
-  over_tiles(rows.count, many ? kGroupTiles * width : width, [&](int64_t begin, int64_t count) {
-    const int64_t tiles = (count + width - 1) / width;
-    const bool shared = shares_tile(rows.count, width, k * units * p);
-    const auto tile_of = [&](int64_t t) { return Tile(std::min(width, count - t * width), width + kLane); };
+  const int64_t features = (grouped ? 0 : k * p) + k * units + n * s;
+  const Cut cut(rows.count, features, grouped ? 0 : (k * units * p + l * s * r) * size, panels);
+  over_tiles(rows.count, cut.tiles * cut.width, [&](int64_t begin, int64_t count) {
+    const int64_t tiles = (count + cut.width - 1) / cut.width, together = std::min(tiles, cut.together);
+    const int64_t stride = cut.stride(), before = k * in.pitch * stride, after = n * s * stride;
+    const bool shared = shares_tile(rows.count, cut.width, k * units * p);
     Scratch scratch;
-    const int64_t whole = k * in.pitch * (width + kLane);
-    auto* taken = scratch.take<scalar>(tiles * whole);
-    auto* hidden = scratch.take<float>(k * units * (width + kLane));
-    auto* found = scratch.take<float>(n * s * (width + kLane));
+    auto* taken = scratch.take<scalar>(tiles * before);
+    const Hidden hidden{scratch.take<float>(together * k * units * stride), k * units * stride};
+    auto* found = scratch.take<float>(together * after);
     auto* one = first.turned ? scratch.take<scalar>(k * units * p) : nullptr;
     auto* two = second.turned ? scratch.take<scalar>(n * s * r) : nullptr;
-    for (int64_t t = 0; t < tiles; ++t) rows.take(begin + t * width, in, tile_of(t), taken + t * whole);
+    for (int64_t t = 0; t < tiles; ++t) rows.take(begin + t * cut.width, in, cut.tile(count, t), taken + t * before);
     Shuffle dealt = shuffle;
     for (int64_t a = 0; a < l; a += n) {
-      const int64_t some = std::min(n, l - a), run = shuffle.apart;
-      const auto before = straight(first, 0, first.block == 0 ? 1 : k, shuffle.runs ? a * run : 0, shuffle.runs ? some * run : units, one, shared);
-      const auto after = straight(second, second.block == 0 ? 0 : a, second.block == 0 ? 1 : some, 0, s, two, shared);
+      const int64_t some = std::min(n, l - a);
       if (some < n) dealt.group(some);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const Tile tile = tile_of(t);
-        stage(before, k, taken + t * whole, in.pitch, hidden, tile, shared);
-        over_blocks(some, s, shares_tile(rows.count, width, some * s * r), [&](int64_t b, int64_t sigma, int64_t size) {
-          Scratch inner;
-          auto* block = inner.take<scalar>((r + 1) * tile.stride);
-          narrow(
-              r, tile.padded, [&](int64_t rho) { return hidden + dealt.place(b, rho) * tile.stride; }, block,
-              tile.stride);
-          multiply(
-              size, tile.padded, r, after.data + b * after.block + sigma * after.step, after.step, block, tile.stride,
-              found + (b * s + sigma) * tile.stride, tile.stride);
+      const bool each = second.block != 0, all = first.block != 0;
+      const auto w1 = straight(first, 0, all ? k : 1, grouped ? a * shuffle.apart : 0, dealt.units, one, shared);
+      const auto w2 = straight(second, each ? a : 0, each ? some : 1, 0, s, two, shared);
+      for (int64_t at = 0; at < tiles; at += together) {
+        const int64_t left = count - at * cut.width, now = std::min(together, tiles - at);
+        over_blocks(k, w1.out, shared, [&](int64_t block, int64_t start, int64_t outputs) {
+          stage(
+              w1, block, start, outputs, now,
+              [&](int64_t c, int64_t t) { return taken + (at + t) * before + c * in.pitch * stride; },
+              [&](int64_t c, int64_t t) { return hidden.units + t * hidden.step + c * w1.out * stride; }, cut, left);
         });
-        if (grouped)
-          rows.give(begin + t * width, Order(some, s, false), tile, found, a * s);
-        else
-          rows.give(begin + t * width, out, tile, found);
+        second_stage(
+            w2, some, shares_tile(rows.count, cut.width, some * s * r), now, hidden,
+            [&](int64_t b, int64_t rho) { return dealt.place(b, rho); }, found, after, cut, left);
+        for (int64_t t = 0; t < now; ++t) {
+          const int64_t row = begin + (at + t) * cut.width;
+          if (grouped)
+            rows.give(row, Order(some, s, false), cut.tile(left, t), found + t * after, a * s);
+          else
+            rows.give(row, out, cut.tile(left, t), found + t * after);
+        }
       }
     }
   });
@@ -142,27 +199,28 @@ void blast_stages(
     const Rows<scalar>& rows, const Weights<scalar>& right, const float* mixing, const Weights<scalar>& left,
     const Order& in, const Order& out) {
   const int64_t b = in.blocks, r = right.out, p = right.in, s = left.out;
-  const int64_t width = tile_width(rows.count, b * (p + 2 * r + s));
-  over_tiles(rows.count, width, [&](int64_t begin, int64_t count) {
-    const Tile tile(count);
+  const Cut cut(rows.count, b * (p + 2 * r + s), b * r * (p + s) * sizeof(scalar), false);
+  over_tiles(rows.count, cut.tiles * cut.width, [&](int64_t begin, int64_t count) {
+    const int64_t tiles = (count + cut.width - 1) / cut.width, stride = cut.stride();
+    const int64_t before = b * in.pitch * stride, after = b * s * stride, between = b * r * stride;
     Scratch scratch;
-    auto* taken = scratch.take<scalar>(b * in.pitch * tile.stride);
-    auto* hidden = scratch.take<float>(b * r * tile.stride);
-    auto* mixed = scratch.take<float>(b * r * tile.stride);
-    auto* found = scratch.take<float>(b * s * tile.stride);
-    rows.take(begin, in, tile, taken);
-    stage(right, b, taken, in.pitch, hidden, tile, shares_tile(rows.count, width, b * r * p));
-    mix(b, r, mixing, hidden, mixed, tile);
-    over_blocks(b, s, shares_tile(rows.count, width, b * s * r), [&](int64_t i, int64_t sigma, int64_t n) {
-      Scratch inner;
-      auto* block = inner.take<scalar>((r + 1) * tile.stride);
-      narrow(
-          r, tile.padded, [&](int64_t rho) { return mixed + (i * r + rho) * tile.stride; }, block, tile.stride);
-      multiply(
-          n, tile.padded, r, left.data + i * left.block + sigma * left.step, left.step, block, tile.stride,
-          found + (i * s + sigma) * tile.stride, tile.stride);
+    auto* taken = scratch.take<scalar>(tiles * before);
+    auto* hidden = scratch.take<float>(tiles * between);
+    const Hidden mixed{scratch.take<float>(tiles * between), between};
+    auto* found = scratch.take<float>(tiles * after);
+    for (int64_t t = 0; t < tiles; ++t) rows.take(begin + t * cut.width, in, cut.tile(count, t), taken + t * before);
+    over_blocks(b, r, shares_tile(rows.count, cut.width, b * r * p), [&](int64_t block, int64_t first, int64_t some) {
+      stage(
+          right, block, first, some, tiles,
+          [&](int64_t c, int64_t t) { return taken + t * before + c * in.pitch * stride; },
+          [&](int64_t c, int64_t t) { return hidden + t * between + c * r * stride; }, cut, count);
     });
-    rows.give(begin, out, tile, found);
+    for (int64_t t = 0; t < tiles; ++t)
+      mix(b, r, mixing, hidden + t * between, mixed.units + t * between, cut.tile(count, t));
+    second_stage(
+        left, b, shares_tile(rows.count, cut.width, b * s * r), tiles, mixed,
+        [&](int64_t i, int64_t rho) { return i * r + rho; }, found, after, cut, count);
+    for (int64_t t = 0; t < tiles; ++t) rows.give(begin + t * cut.width, out, cut.tile(count, t), found + t * after);
   });
 }
 
