@@ -22,7 +22,7 @@ sizes = {
     "packing": st.sampled_from(PACKINGS),
 }
 groups = st.sampled_from([1, 3, 8, 16, 32, 50, 128, 400])
-dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 few = settings(deadline=None, max_examples=60)
 
 

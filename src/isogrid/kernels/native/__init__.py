@@ -104,7 +104,11 @@ def _register_shapes() -> None:
             codes.shape[0], -(-values.shape[1] // group), planes
         ),
     }
-    for name in ("blocked", "two_stage", "blast"):  # their outputs are the last argument, what is wanted of gradients too
+    for name in (
+        "blocked",
+        "two_stage",
+        "blast",
+    ):  # their outputs are the last argument, what is wanted of gradients too
         shapes |= {name: rows, f"{name}_backward": gradients}
     for name, shape in shapes.items():
         library.register_fake(f"isogrid::{name}", shape)

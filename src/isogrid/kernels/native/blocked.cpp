@@ -3,6 +3,7 @@
 // A tile of rows is transposed to feature-major, so that weights are the left operand as they are stored and every
 // permutation of features is the address of a row. Small products run through PyTorch's own block GEMM (oneDNN).
 
+#include "coupling.h"
 #include "few.h"
 #include "stages.h"
 
@@ -45,8 +46,6 @@ struct Rows {
 // Bytes of weights from which on tiles share them while they are in the cache, and how many tiles do.
 constexpr int64_t kStreamed = 1024 * 1024;
 constexpr int64_t kSharingTiles = 4;
-// Outputs whose weights are in the cache meanwhile.
-constexpr int64_t kChunk = 64;
 
 // How rows are cut: into panels of so many tiles, whose products run together or tile by tile.
 struct Cut {
@@ -278,10 +277,6 @@ void check_features(const Tensor& x, int64_t blocks, const Tensor& first, int64_
       x.size(1) <= blocks * first.size(2), "input has ", x.size(1), " features, at most ", blocks * first.size(2),
       " are expected");
   TORCH_CHECK(0 <= features && features <= outputs, "no ", features, " outputs");
-}
-
-Tensor in_rows(const Tensor& x) {
-  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
 }
 
 Tensor as_floats(const std::optional<Tensor>& bias, int64_t features) {

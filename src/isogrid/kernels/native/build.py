@@ -18,7 +18,7 @@ import filelock
 import torch
 
 SOURCES = ("blocked.cpp", "backward.cpp", "gradients.cpp", "sparse.cpp", "trits.cpp")
-HEADERS = ("few.h", "stages.h", "tiles.h")
+HEADERS = ("coupling.h", "few.h", "panels.h", "registers.h", "stages.h", "tiles.h")
 # Every processor that has the first has the others but the oldest ones; all are asked for at run time.
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
 FLAGS = (

@@ -97,19 +97,6 @@ inline void few_deal(const float* hidden, int64_t rows, const Shuffle& shuffle, 
     }
 }
 
-// mixed[i] = sum_j coupling[i, j] * hidden[j], each block at a multiple of 16 numbers.
-inline void few_mix(
-    const float* hidden, int64_t rows, int64_t b, int64_t r, const float* coupling, int64_t pitch, float* mixed) {
-  std::fill(mixed, mixed + rows * b * pitch, 0.0f);
-  for (int64_t n = 0; n < rows; ++n)
-    for (int64_t i = 0; i < b; ++i)
-      for (int64_t j = 0; j < b; ++j) {
-        const float *scale = coupling + (i * b + j) * r, *from = hidden + (n * b + j) * r;
-        float* to = mixed + (n * b + i) * pitch;
-        for (int64_t rho = 0; rho < r; ++rho) to[rho] += scale[rho] * from[rho];
-      }
-}
-
 template <typename scalar>
 void few_store(
     const float* found, int64_t rows, const Order& order, const float* bias, scalar* y, int64_t step,

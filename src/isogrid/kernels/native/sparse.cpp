@@ -79,10 +79,7 @@ void sparse_rows(const Tensor& x, const Tensor& values, const Tensor& mask, Tens
     begins[e + 1] = begins[e] + count;
   }
   TORCH_CHECK(begins[outputs] == values.numel(), "sparse: ", values.numel(), " values for ", begins[outputs], " places");
-  struct {
-    int64_t blocks, size;
-    bool in_turn;
-  } whole{1, n, false}, all{1, outputs, false};
+  const Order whole(1, n, false), all(1, outputs, false);
   const int64_t pitch = (n + kWord - 1) / kWord * kWord;
   Scratch scratch;
   auto* taken = scratch.take<float>(rows * pitch);
@@ -98,11 +95,12 @@ void sparse_rows(const Tensor& x, const Tensor& values, const Tensor& mask, Tens
             numbers + begins[e], end, bits + e * bytes, bytes, taken, pitch, found + e, outputs);
     });
   });
-  few_store(found, rows, all, y.mutable_data_ptr<scalar>(), y.stride(0), outputs);
+  few_store(found, rows, all, nullptr, y.mutable_data_ptr<scalar>(), y.stride(0), outputs);
 }
 
 // y[n, e] = sum over the ones j of the mask's row e: x[n, j] times the next value.
 Tensor sparse_cpu(const Tensor& x, const Tensor& values, const Tensor& mask) {
+  if (x.scalar_type() == at::kHalf) return in_floats(sparse_cpu, x, values, mask);
   TORCH_CHECK(x.dim() == 2 && values.dim() == 1 && mask.dim() == 2, "sparse: rows (rows, in), values and a mask");
   TORCH_CHECK(x.scalar_type() == values.scalar_type(), "sparse: one dtype");
   TORCH_CHECK(mask.size(1) == (x.size(1) + 7) / 8, "sparse: a mask of ", mask.size(1), " bytes for ", x.size(1), " inputs");

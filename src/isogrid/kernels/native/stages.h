@@ -23,10 +23,14 @@ struct Order {
 template <typename scalar>
 constexpr bool kPaired = !std::is_same_v<scalar, float>;  // neighbours of a block share a 32-bit unit
 
+inline Tensor in_rows(const Tensor& x) {
+  return x.stride(1) == 1 || x.size(1) <= 1 ? x : x.contiguous();
+}
+
 // A product of float16 in floats: processors that multiply these are few, PyTorch's own products of them many times
 // slower than turning them into floats and back.
 inline Tensor as_float(const Tensor& value) {
-  return value.to(at::kFloat);
+  return value.scalar_type() == at::kHalf ? value.to(at::kFloat) : value;  // codes stay what they are
 }
 
 template <typename T>

@@ -5,8 +5,7 @@
 // turns into weights. Many rows: blocks of the matrix are written out into the cache, each once for all rows.
 
 #include "few.h"
-#include "tiles.h"
-#include "turned.h"
+#include "stages.h"
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <ATen/autocast_mode.h>
@@ -177,7 +176,7 @@ void write_row_as(const Layout& of, const uint8_t* codes, const scalar* scales, 
     write_row(of, codes, scales, first, last, to);
   } else {
     write_row(of, codes, scales, first, last, row);
-    to_bfloat16(row, last - first, to);
+    round_to(row, last - first, to);
   }
 }
 
@@ -224,7 +223,7 @@ void many_trits(const Layout& of, const uint8_t* codes, const scalar* scales, in
           }
         }
         for (int64_t t = 0; t < tiles; ++t)
-          store(found + t * kBlockRows * widest.stride, InPlace(), to + (top + t * kMostRows) * out + first, out, count, tile_at(t));
+          store(found + t * kBlockRows * widest.stride, InPlace(), nullptr, to + (top + t * kMostRows) * out + first, out, count, tile_at(t));
       }
       at::native::cpublas::brgemm_release();
     });
@@ -260,6 +259,7 @@ void multiply_trits(const Layout& of, const Tensor& codes, const Tensor& scales,
 
 // y = x Wᵀ, W (out, columns) in trit planes.
 Tensor trits_cpu(const Tensor& x, const Tensor& codes, const Tensor& scales, int64_t group, bool thirds) {
+  if (x.scalar_type() == at::kHalf) return in_floats(trits_cpu, x, codes, scales, group, thirds);
   TORCH_CHECK(x.dim() == 2 && x.scalar_type() == scales.scalar_type(), "trits: rows (rows, in) in the dtype of the scales");
   const Layout of = layout_of(codes, scales, x.size(1), group, thirds);
   const Tensor rows = x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous();
@@ -288,6 +288,7 @@ void write_matrix(const Layout& of, const Tensor& codes, const Tensor& scales, T
 
 // W itself.
 Tensor trit_matrix_cpu(const Tensor& codes, const Tensor& scales, int64_t columns, int64_t group, bool thirds) {
+  if (scales.scalar_type() == at::kHalf) return in_floats(trit_matrix_cpu, codes, scales, columns, group, thirds);
   const Layout of = layout_of(codes, scales, columns, group, thirds);
   Tensor matrix = at::empty({codes.size(0), columns}, scales.options());
   if (scales.scalar_type() == at::kFloat)
@@ -331,6 +332,7 @@ void sum_trits(const Layout& of, const Tensor& codes, const Tensor& values, Tens
 
 // sums[i, q, k] = sum over the columns j of group q of trit k of (i, j) times values[i, j].
 Tensor trit_sums_cpu(const Tensor& codes, const Tensor& values, int64_t planes, int64_t group, bool thirds) {
+  if (values.scalar_type() == at::kHalf) return in_floats(trit_sums_cpu, codes, values, planes, group, thirds);
   const int64_t groups = (values.size(1) + group - 1) / group;
   Tensor sums = at::zeros({codes.size(0), groups, planes}, values.options().dtype(at::kFloat));
   const Layout of = layout_of(codes, sums, values.size(1), group, thirds);
