@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.evaluation import interleaved_medians
+from isogrid.evaluation import interleaved_medians, training_peak_bytes
 from isogrid.formats import Budget, Format, as_format
 from isogrid.kernels import native
 from isogrid.linear import StructuredLinear
@@ -175,6 +175,7 @@ def _measured(point: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
         "dense_gmacs": (3 if backward else 1) * operations / times["dense_ms"] / 1e6,
         "speedup": times["dense_ms"] / times["ours_ms"],
         "efficiency": ideal / times["ours_ms"],
+        "memory": training_peak_bytes(ours[0], x) / training_peak_bytes(dense[0], x) if backward else None,
         "judged": ideal >= JUDGED_FROM_MS,
         "small": _small(fmt, m, n),
     }
@@ -260,6 +261,7 @@ def _summaries(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "over best chain": _mean(
                     min(row["published_ms"], row["portable_ms"]) / row["ours_ms"] for row in blocked or some
                 ),
+                "peak memory": _mean(row["memory"] for row in some) if direction != "forward" else None,
                 "dense GMAC/s": statistics.median(row["dense_gmacs"] for row in some),
             }
         )
@@ -291,12 +293,14 @@ def _markdown(result: Mapping[str, Any]) -> str:
     for row in result["summaries"]:
         lines.append("| " + " | ".join(_cell(row[head]) for head in heads) + " |")
     lines += ["", "Geometric means over judged points (ideal time of 50 µs and more). Efficiency: speedup over dense "
-              "divided by the ratio of operations, at one row of bytes.", ""]  # fmt: skip
+              "divided by the ratio of operations, at one row of bytes. Peak memory: the most bytes "
+              "that forward and backward held at once, gradients, intermediates and working room included, over the "
+              "dense layer's.", ""]  # fmt: skip
     heads = ["format", "out", "in", "rows", "dtype", "direction", "dense ms", "ours ms", "published ms", "portable ms",
-             "promised", "speedup", "efficiency", "judged"]  # fmt: skip
+             "promised", "speedup", "efficiency", "peak memory", "judged"]  # fmt: skip
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     keys = ["label", "out", "in", "rows", "dtype", "direction", "dense_ms", "ours_ms", "published_ms", "portable_ms",
-            "promise", "speedup", "efficiency", "judged"]  # fmt: skip
+            "promise", "speedup", "efficiency", "memory", "judged"]  # fmt: skip
     lines += ["| " + " | ".join(_cell(row[key]) for key in keys) + " |" for row in result["rows"]]
     return "\n".join([*lines, ""])
 
