@@ -14,11 +14,9 @@ from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, damped_moment, inverse_root, sweep_columns
 from isogrid.fitting.grids import RoundToGrid, grids_of, nearest_codes
 from isogrid.fitting.sweep import BLOCK
-from isogrid.formats.base import Format
-from isogrid.formats.budget import Cost
 from isogrid.formats.checks import require_solver
+from isogrid.formats.coded import Coded
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
 from isogrid.kernels import pack_codes, packed_bytes, unpack_codes
 
@@ -26,7 +24,7 @@ MOST_BITS = 8
 
 
 @dataclass(frozen=True)
-class Quantized(Format):
+class Quantized(Coded):
     """``W[i, j] = scale[i, g] · (code[i, j] - zero[i, g])``: one grid for every ``group`` neighbours in a row.
 
     Codes and zeros take ``bits`` bits, packed; scales are the layer's floating numbers: bits + (16 + bits) / group bits
@@ -80,15 +78,6 @@ class Quantized(Format):
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """A dense product with the matrix multiplied out."""
         return torch.nn.functional.linear(x, self.dense(factors, out_features, x.shape[-1]))
-
-    def components(self, out_features: int, in_features: int) -> list[Component]:
-        """None: there is no dense stage."""
-        return []
-
-    def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
-        """As stored; the scales are all that is trained. Multiply-adds of a dense product."""
-        counted = super().cost(out_features, in_features, dtype)
-        return Cost(counted.parameters, out_features * in_features, counted.bits)
 
     @torch.no_grad()
     def initialize(

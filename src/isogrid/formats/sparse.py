@@ -13,17 +13,17 @@ from torch import Tensor
 
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import PRUNERS, Kept, Metric, OnStep, kept_of, prune, pruned
-from isogrid.formats.base import Format
-from isogrid.formats.budget import Budget, Cost
+from isogrid.formats.budget import Budget
 from isogrid.formats.checks import require_solver
+from isogrid.formats.coded import Coded
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.start import Component, normal_
+from isogrid.formats.start import normal_
 from isogrid.formats.traits import Traits
 from isogrid.kernels import pack_mask, packed_bytes, scattered, sparse_product, unpack_mask
 
 
 @dataclass(frozen=True)
-class Masked(Format):
+class Masked(Coded):
     """What formats of values and a mask share: ``values (nonzeros,)`` in row-major order, one bit an entry for where.
 
     The mask is packed row by row, ``(out, ceil(in / 8))`` bytes. A product with one to four rows of input reads the
@@ -53,15 +53,6 @@ class Masked(Format):
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """From the stored bytes where rows are few, else a dense product with the scattered matrix."""
         return sparse_product(x, factors["values"], factors["mask"])
-
-    def components(self, out_features: int, in_features: int) -> list[Component]:
-        """None: there is no dense stage."""
-        return []
-
-    def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
-        """As stored, the mask included; multiply-adds of a dense product: zeros save bytes, not operations."""
-        counted = super().cost(out_features, in_features, dtype)
-        return Cost(counted.parameters, out_features * in_features, counted.bits)
 
     @torch.no_grad()
     def initialize(

@@ -14,17 +14,15 @@ from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, OnStep, squared_norm
 from isogrid.fitting.trit_matrices import feed_back, fit_under, split_as_published, split_matrix
 from isogrid.fitting.trits import MOST_PLANES
-from isogrid.formats.base import Format
-from isogrid.formats.budget import Cost
 from isogrid.formats.checks import require_solver
+from isogrid.formats.coded import Coded
 from isogrid.formats.factors import Factor, Factors
-from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
 from isogrid.kernels import PACKINGS, pack_trits, row_bytes, trit_matrix, trit_product, unpack_trits
 
 
 @dataclass(frozen=True)
-class TritPlanes(Format):
+class TritPlanes(Coded):
     """``W[i, j] = Σ_k scales[i, q, k] · trit[i, j, k]``, trits in {-1, 0, 1}, q the group of input j (PTQTP, Xiao et
     al. 2025).
 
@@ -72,15 +70,6 @@ class TritPlanes(Format):
     def trits(self, factors: Mapping[str, Tensor], in_features: int) -> Tensor:
         """``(out, in, planes)`` int8."""
         return unpack_trits(factors["codes"], in_features, self.planes, self.packing)
-
-    def components(self, out_features: int, in_features: int) -> list[Component]:
-        """None: scales are no dense stage."""
-        return []
-
-    def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
-        """As stored; multiply-adds of the dense product that is done with the codes."""
-        counted = super().cost(out_features, in_features, dtype)
-        return Cost(counted.parameters, out_features * in_features, counted.bits)
 
     @torch.no_grad()
     def initialize(
