@@ -121,14 +121,14 @@ def test_the_first_row_of_any_batch():
 
 
 class _Twice(nn.Module):
-    """One layer that runs twice in a pass, on 3 and on 5 rows, and one that the pass doesn't reach."""
+    """One layer runs twice in a pass, one is called by its argument's name, one is not reached."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b, self.unused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.b(self.a(torch.relu(self.a(x)))[:2])
+        return self.b(input=self.a(torch.relu(self.a(x)))[:2])
 
 
 def test_real_times_of_a_model():

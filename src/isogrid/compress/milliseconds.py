@@ -207,9 +207,9 @@ def _watched(
     now: dict[str, int] = {}
     begun: dict[str, int] = {}
 
-    def before(name: str) -> Callable[[nn.Module, Any], None]:
-        def hook(_: nn.Module, arguments: Any) -> None:
-            rows[name] = arguments[0].shape[:-1].numel()
+    def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, arguments: Any, named: Any) -> None:
+            rows[name] = (arguments[0] if arguments else next(iter(named.values()))).shape[:-1].numel()
             begun[name] = time.perf_counter_ns()
 
         return hook
@@ -220,7 +220,7 @@ def _watched(
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(before(name)) for name, module in layers.items()]
+    hooks = [module.register_forward_pre_hook(before(name), with_kwargs=True) for name, module in layers.items()]
     hooks += [module.register_forward_hook(after(name)) for name, module in layers.items()]
     passes: list[int] = []
     try:

@@ -58,7 +58,7 @@ def write_json(data: Mapping[str, Any], path: str | Path) -> Path:
         IsogridError: something in the data is not plain; the message names its place. The old file stays.
         OSError: the file cannot be written.
     """
-    text = json.dumps(_encoded(data, "data"), indent=2, ensure_ascii=False, allow_nan=False)
+    text = _text(_encoded(data, "data"), "")
     return replace_file(path, f"{text}\n".encode())
 
 
@@ -95,6 +95,21 @@ def _encoded(value: object, place: str) -> object:
     raise IsogridError(
         f"{place} is a {type(value).__name__}; convert it to a number, string, list or dict (tensors: .item())"
     )
+
+
+def _text(value: object, indent: str) -> str:
+    """JSON with what holds no more lists and objects on one line: a layer, a block, a list of numbers."""
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    if not any(isinstance(item, dict | list) and item for item in items):
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    inner = indent + "  "
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(key, ensure_ascii=False)}: {_text(item, inner)}" for key, item in value.items()]
+        opening, closing = "{", "}"
+    else:
+        lines = [_text(item, inner) for item in items]
+        opening, closing = "[", "]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{closing}"
 
 
 def _decoded(value: object) -> object:

@@ -23,6 +23,8 @@ from isogrid.report import (
 )
 
 Say = Callable[[str], None]
+# What tables of layers and their pictures read: rows are many, and their layers more.
+LAYER_KEYS = ("name", "format", "out", "in", "parameters", "dense_parameters", "error", "least_error", "held_error")
 PLAIN_ERRORS = "Errors are relative Frobenius errors of the matrices"
 
 
@@ -37,7 +39,7 @@ def row_of(report: CompressionReport, label: str, *, calibrated: bool) -> dict[s
         "parameters": report.parameters,
         "bytes": report.model_bytes,
         "seconds": report.seconds,
-        "layers": [layer.to_dict() for layer in report.layers],
+        "layers": [{key: layer.to_dict()[key] for key in LAYER_KEYS} for layer in report.layers],
         "warnings": list(report.warnings),
     }
 
