@@ -289,3 +289,13 @@ def test_a_layer_left_dense_takes_no_solver_options():
     model = unequal()
     report = compress(model, Monarch(2), keep=0.85, calibration=[data], allocate="global", sweeps=1)
     assert {layer.format.name for layer in report.layers} == {"dense", "monarch"}
+
+
+def test_water_filling_takes_nothing_that_costs_more_and_loses_no_less():
+    def option(rank, cost, error):
+        return Option(LowRank(rank=rank), cost, error)
+
+    # A measured time: rank 2 takes longer than rank 3.
+    of = [option(1, 10, 5.0), option(2, 30, 3.0), option(3, 20, 1.0), option(4, 40, 0.5)]
+    assert water_fill({"a": of}, 35)["a"].format == LowRank(rank=3)
+    assert water_fill({"a": of}, 40)["a"].format == LowRank(rank=4)

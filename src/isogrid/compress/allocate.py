@@ -60,13 +60,13 @@ def water_fill(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str
     Optimal up to one step where curves are convex, as spectra's tails are.
 
     Args:
-        options: by layer, ordered by cost, errors falling.
+        options: by layer; of those that cost more and lose no less than another, none is taken.
         budget: of all costs together.
 
     Raises:
         BudgetError: the cheapest options together are above the budget.
     """
-    options = {name: sorted(of, key=lambda one: one.cost) for name, of in options.items()}
+    options = {name: _worth(of) for name, of in options.items()}
     place = dict.fromkeys(options, 0)
     left = budget - sum(of[0].cost for of in options.values())
     if left < 0:
@@ -88,6 +88,15 @@ def water_fill(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str
         if place[name] + 1 < len(options[name]):
             heapq.heappush(heap, (-gain(name), name))
     return {name: of[place[name]] for name, of in options.items()}
+
+
+def _worth(options: Sequence[Option]) -> list[Option]:
+    """By rising cost, each of a smaller error than those before: measured times don't always rise with the size."""
+    found: list[Option] = []
+    for one in sorted(options, key=lambda one: (one.cost, one.error)):
+        if not found or one.error < found[-1].error:
+            found.append(one)
+    return found
 
 
 def lagrangian_bound(options: Mapping[str, Sequence[Option]], budget: int) -> float:

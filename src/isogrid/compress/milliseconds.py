@@ -6,6 +6,7 @@ the same sizes, in turns (`isogrid.evaluation.compare`). Quotients are kept in t
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ from isogrid.linear import linear_matrix, speed_table
 
 # Shares of the dense parameters at which formats are timed where a share of the time is asked for.
 SHARES = tuple(0.05 * step for step in range(1, 20))
-WARMUP = 2
+# Passes that are not timed: so many at least, and for so long: an idle processor takes its time to run fast.
+WARMUP, WARM_SECONDS = 2, 1
 
 
 @dataclass(frozen=True)
@@ -225,11 +227,13 @@ def _watched(
     passes: list[int] = []
     try:
         with evaluating(model):
-            for turn in range(WARMUP + repeats):
+            warm = time.perf_counter_ns() + WARM_SECONDS * 1_000_000_000
+            turns = itertools.count()
+            while len(passes) < repeats:
                 now.clear()
                 start = time.perf_counter_ns()
                 run()
-                if turn >= WARMUP:
+                if next(turns) >= WARMUP and start >= warm:
                     passes.append(time.perf_counter_ns() - start)
                     for name, value in now.items():
                         taken.setdefault(name, []).append(value)

@@ -162,6 +162,8 @@ def compress(
         dense_model_bytes=stored_bytes(model),
         dense_model_parameters=count_parameters(model),
     )
+    if timed is not None and chosen.milliseconds is not None:
+        report.predicted_speedup = timed.total / 1e6 / chosen.milliseconds
     progress = None
     if resume is not None:
         if calibration is None or isinstance(calibration, Moments):

@@ -88,6 +88,7 @@ class CompressionReport:
         predicted_rise: of the model's loss, by sensitivities and squared errors; None where it wasn't measured.
         least_rise: no choice within the budget has a smaller predicted rise; None likewise.
         predicted_milliseconds: of one pass of the whole model; None where the budget was not in time.
+        predicted_speedup: over the dense model, timed just before; it holds where the machine changes its pace.
         milliseconds: what it takes, "structured" and "dense" measured in turns; None likewise.
         layers: the rewritten layers, in the order they were fitted.
         blocks: the refined blocks, in order; none without refinement.
@@ -108,6 +109,7 @@ class CompressionReport:
     predicted_rise: float | None = None
     least_rise: float | None = None
     predicted_milliseconds: float | None = None
+    predicted_speedup: float | None = None
     milliseconds: dict[str, Timing] | None = None
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
@@ -151,6 +153,7 @@ class CompressionReport:
             "predicted_rise": self.predicted_rise,
             "least_rise": self.least_rise,
             "predicted_milliseconds": self.predicted_milliseconds,
+            "predicted_speedup": self.predicted_speedup,
             "milliseconds": None
             if self.milliseconds is None
             else {name: dict(vars(one)) for name, one in self.milliseconds.items()},
