@@ -7,7 +7,24 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from isogrid import Armor, DenseSparse, Format, Metric, Quantized, SemiStructured, Sparse, StructuredLinear, load, save
+from isogrid import (
+    Armor,
+    DenseSparse,
+    Format,
+    LowRank,
+    Metric,
+    Monarch,
+    Quantized,
+    SemiStructured,
+    Sparse,
+    Stored,
+    StructuredLinear,
+    TritPlanes,
+    compress,
+    load,
+    save,
+)
+from tests import models
 from tests.formats.cases import gaussian, generator
 
 FORMATS = (
@@ -19,6 +36,10 @@ FORMATS = (
     Armor(8),
     Armor(7, 1, 3),
     DenseSparse(12, blocks=2),
+    TritPlanes(group=16),
+    TritPlanes(planes=3, group=16, packing="base_three"),
+    Stored(LowRank(11), TritPlanes(group=16)),
+    Stored(Monarch(3), TritPlanes(planes=1)),
 )
 
 
@@ -52,3 +73,16 @@ def test_casting_and_moving_leave_masks_and_codes_alone() -> None:
         assert before
         after = dict(layer.to(torch.bfloat16).named_buffers())
         assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("text", ["trit_planes(group=16)", "stored(inner=low_rank, codes=trit_planes(group=16))"])
+def test_from_pretrained_is_exact(text: str, tmp_path) -> None:
+    model = models.llama()
+    windows = torch.randint(3, models.VOCABULARY, (8, 16), generator=generator())
+    compress(model, text, calibration=windows)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        assert torch.equal(again(windows).logits, model.eval()(windows).logits)
+    held = model.state_dict()
+    assert all(torch.equal(value, held[name]) for name, value in again.state_dict().items())

@@ -75,7 +75,7 @@ def nearest(groups: Tensor, scales: Tensor) -> Tensor:
     """The best trits ``(N, G, K)`` int8 for given scales ``(N, K)``: the level nearest to each number, ties inwards."""
     sizes, trits = levels(scales)
     between = (sizes[:, 1:] + sizes[:, :-1]) / 2
-    place = torch.searchsorted(between, groups.abs())  # (N, G)
+    place = torch.searchsorted(between, groups.abs().contiguous())  # (N, G)
     found = trits.gather(1, place.unsqueeze(-1).expand(-1, -1, trits.shape[-1]))
     return found * groups.sign().to(torch.int8).unsqueeze(-1)
 
@@ -129,7 +129,7 @@ class _Sorted:
     """Groups by rising magnitude with their running sums: all that a step of the alternation needs."""
 
     def __init__(self, groups: Tensor, weights: Tensor | None) -> None:
-        self.sizes, order = groups.abs().sort(-1)
+        self.sizes, order = groups.abs().contiguous().sort(-1)
         mass = None if weights is None else weights.expand_as(groups).gather(-1, order)
         carried = self.sizes if mass is None else mass * self.sizes
         self.sums = torch.nn.functional.pad(carried.cumsum(-1), (1, 0))

@@ -13,15 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from isogrid.compress import as_batches, compress, dense_parameters, select_layers, stored_bytes
+from isogrid.compress import Plan, as_batches, compress, dense_parameters, select_layers, stored_bytes
 from isogrid.data import load_pretrained, load_sts, load_text, token_windows
 from isogrid.errors import IsogridError
 from isogrid.evaluation import perplexity, sts_spearman
-from isogrid.formats import Format, TritPlanes
-from isogrid.linear import linear_matrix
+from isogrid.formats import Format, Quantized, TritPlanes
 from isogrid.report import describe_machine, progress, today, write_report
 from isogrid.studies.quality_ladder import stories_subject
 from isogrid.studies.rows import Say, gap, remembered, row_of
@@ -33,29 +31,34 @@ SENTENCES = 4096
 
 @dataclass(frozen=True)
 class Way:
-    """One row: how the matrices are written."""
+    """One row: how the matrices are written, and by which solver."""
 
     key: str
     label: str
-    format: Format | None = None
-    bits: int = 0
+    format: Format
     calibrated: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def _rounded(key: str, label: str, bits: int, *, calibrated: bool = False) -> Way:
+    return Way(key, label, Quantized(bits=bits, group=GROUP), calibrated)
+
+
 def _planes(key: str, label: str, planes: int = 2, *, calibrated: bool = False, **options: Any) -> Way:
-    return Way(key, label, TritPlanes(planes=planes, group=GROUP), calibrated=calibrated, options=options)
+    return Way(key, label, TritPlanes(planes=planes, group=GROUP), calibrated, options)
 
 
 WAYS = (
-    Way("rounded3", "Rounding, 3 bits", bits=3),
-    Way("rounded4", "Rounding, 4 bits", bits=4),
+    _rounded("rounded3", "Rounding, 3 bits", 3),
+    _rounded("rounded4", "Rounding, 4 bits", 4),
     _planes("published", "2 planes, published loop", solver="ptqtp"),
     _planes("plain", "2 planes, many starts", solver="multistart"),
     _planes("moved", "2 planes, many starts, biases moved", calibrated=True, solver="multistart"),
     _planes("diagonal", "2 planes, weighted", calibrated=True, solver="diagonal"),
     _planes("feedback", "2 planes, column feedback", calibrated=True, solver="feedback"),
     _planes("default", "2 planes, feedback and sweeps", calibrated=True),
+    _rounded("gptq3", "GPTQ, 3 bits", 3, calibrated=True),
+    _rounded("gptq4", "GPTQ, 4 bits", 4, calibrated=True),
     _planes("one", "1 plane, feedback and sweeps", 1, calibrated=True),
     _planes("three_plain", "3 planes, many starts", 3, solver="multistart"),
     _planes("three", "3 planes, feedback and sweeps", 3, calibrated=True),
@@ -148,8 +151,7 @@ def run_trit_quality(
         "rows": rows,
         "notes": [
             f"Rounding: to the nearest of evenly spaced values between the least and the largest of {GROUP} weights. "
-            "Bits a weight count codes and scales as they are stored here, scales in the model's dtype; of roundings, "
-            "codes and two numbers a group.",
+            "Bits a weight count codes, scales and zeros as they are stored here, scales in the model's dtype.",
             "Calibrated rows move the mean error into biases, where there are any; «biases moved» does nothing else.",
         ],
     }
@@ -160,53 +162,20 @@ def run_trit_quality(
 def _row(way: Way, case: Case, seed: int) -> dict[str, Any]:
     smaller = copy.deepcopy(case.model)
     layers = select_layers(smaller)
-    numbers = sum(linear_matrix(layer).numel() for layer in layers.values())
-    if way.format is None:
-        bits = 0
-        with torch.no_grad():
-            for layer in layers.values():
-                weight = linear_matrix(layer)
-                weight.copy_(rounded(weight, way.bits, GROUP))
-                groups = weight.shape[0] * -(-weight.shape[1] // GROUP)
-                bits += way.bits * weight.numel() + 2 * groups * weight.element_size() * 8
-        return {
-            "label": f"{way.label}, {bits / numbers:.2f} bits",
-            "format": f"rounding to {way.bits} bits",
-            "calibrated": False,
-            "requested_keep": None,
-            "achieved_keep": 1.0,
-            "parameters": numbers,
-            "bytes": stored_bytes(case.model) - sum(linear_matrix(one).nbytes for one in layers.values()) + bits // 8,
-            "bits": bits / numbers,
-            "quality": case.judge(smaller),
-        }
+    dtype = next(smaller.parameters()).dtype
     with progress(way.label, len(layers)) as step:
         report = compress(
             smaller,
-            way.format,
+            Plan(dict.fromkeys(layers, way.format), (way.format,)),
             calibration=case.batches if way.calibrated else None,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
             **way.options,
         )
-    bits = sum(
-        layer.format.cost(layer.out_features, layer.in_features, torch.get_default_dtype()).bits
-        for layer in report.layers
-    )
-    row = row_of(report, f"{way.label}, {bits / numbers:.2f} bits", calibrated=way.calibrated)
-    return row | {"bits": bits / numbers, "requested_keep": None, "quality": case.judge(smaller)}
-
-
-def rounded(matrix: Tensor, bits: int, group: int) -> Tensor:
-    """Every group of a row rounded to ``2^bits`` evenly spaced values, one of them 0, from its least to its largest."""
-    rows, columns = matrix.shape
-    parts = []
-    for own in matrix.split(group, 1):
-        low, high = own.amin(1, keepdim=True).clamp(max=0), own.amax(1, keepdim=True).clamp(min=0)
-        scale = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(matrix.dtype).tiny)
-        zero = (-low / scale).round()
-        parts.append(scale * (((own / scale).round() + zero).clamp(0, 2**bits - 1) - zero))
-    return torch.cat(parts, 1).view(rows, columns)
+    stored = sum(one.format.cost(one.out_features, one.in_features, dtype).bits for one in report.layers)
+    bits = stored / sum(one.dense_parameters for one in report.layers)
+    row = row_of(report, f"{way.label}, {bits:.2f} bits", calibrated=way.calibrated)
+    return row | {"way": way.key, "bits": bits, "requested_keep": None, "quality": case.judge(smaller)}
 
 
 def _encoder(quick: bool, data_dir: Path | None) -> Case:
