@@ -35,7 +35,7 @@ from isogrid.formats import (
     Traits,
     TritPlanes,
 )
-from isogrid.linear import StructuredLinear, convert
+from isogrid.linear import StructuredLinear, convert, set_memory
 
 _install()
 
@@ -86,4 +86,5 @@ __all__ = [
     "merge",
     "save",
     "select_layers",
+    "set_memory",
 ]

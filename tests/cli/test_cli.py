@@ -160,3 +160,20 @@ def test_advice_is_followed(monkeypatch, capsys, tmp_path, model_folder, text_fi
     code, _, said = run(monkeypatch, capsys, "advise", model_folder, "--target", 0.7, "--gap", 0.3)
     assert code == 2
     assert "one of --target, --bytes and --gap" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--suite", "cars"), "--suite is one of layers, models, got 'cars'"),
+        (("--threads", "1;2"), "--threads is a number or several with commas between, got '1;2'"),
+        (("--threads", "0"), "threads are numbers of 1 and more, got [0]"),
+        (("--suite", "models", "--full"), "--full is for --suite layers"),
+    ],
+)
+def test_bench_refuses_what_it_cannot_time(monkeypatch, capsys, tmp_path, options, said):
+    monkeypatch.chdir(tmp_path)
+    code, _, printed = run(monkeypatch, capsys, "bench", *options)
+    assert code != 0
+    assert said in " ".join(printed.split())
+    assert not list(tmp_path.iterdir())

@@ -19,11 +19,11 @@ class _Table:
     def __init__(self):
         self.known = {}
 
-    def times(self, *key):
-        return self.known.get(key)
+    def times(self, *key, bias):
+        return self.known.get((*key, bias))
 
-    def learn(self, *key_and_times):
-        self.known[key_and_times[:-1]] = key_and_times[-1]
+    def learn(self, *key_and_times, bias):
+        self.known[(*key_and_times[:-1], bias)] = key_and_times[-1]
 
     def save(self):
         pass
@@ -34,7 +34,7 @@ def times(monkeypatch):
     """Products take what their operations say and a fifth of the dense product; a dense one 1 us an operation."""
     table, asked = _Table(), []
 
-    def compare(fmt, factors, out_features, in_features, dtype, rows, *, repeats):
+    def compare(fmt, factors, out_features, in_features, dtype, rows, *, bias, repeats):
         asked.append((fmt, out_features, in_features, rows))
         whole = out_features * in_features
         return {"structured": fmt.cost(out_features, in_features).multiply_adds + 0.2 * whole, "dense": float(whole)}

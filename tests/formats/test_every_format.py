@@ -85,6 +85,16 @@ def test_product_is_the_dense_product(fmt: Format, m: int, n: int) -> None:
             assert error <= TOLERANCE[dtype] * (exact.norm() * x.double().norm() + 1e-300)
 
 
+@over([case for case in every_member() if case[0].formulations()])
+def test_every_formulation_is_the_product(fmt: Format, m: int, n: int) -> None:
+    factors = random_factors(fmt, m, n)
+    for leading in LEADING:
+        x = gaussian(*leading, n, seed=1)
+        wanted = fmt.multiply(factors, x, m)
+        for formulation in fmt.formulations().values():
+            torch.testing.assert_close(formulation(factors, x, m), wanted, rtol=1e-12, atol=1e-12)
+
+
 @over(every_member())
 def test_product_of_a_view_that_is_not_contiguous(fmt: Format, m: int, n: int) -> None:
     factors = random_factors(fmt, m, n)

@@ -32,7 +32,7 @@ from isogrid.checkpoint.layers import (
 )
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
-from isogrid.linear import StructuredLinear
+from isogrid.linear import StructuredLinear, check_memory, set_memory
 
 
 def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
@@ -76,13 +76,14 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
     return write_folder(folder, write)
 
 
-def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> nn.Module:
+def load(folder: str | Path, model: nn.Module | None = None, *, memory: str | None = None, **options: Any) -> nn.Module:
     """Read a model that `save` wrote.
 
     Args:
         folder: the checkpoint.
         model: for a plain module, a dense instance of it: it gets the structured layers and the numbers, in place. A
             transformers checkpoint needs none.
+        memory: "fast" or "small": what layers may keep beside their factors (`set_memory`); None: as it was saved.
         options: for a transformers checkpoint, passed to ``from_pretrained``.
 
     Returns:
@@ -91,7 +92,13 @@ def load(folder: str | Path, model: nn.Module | None = None, **options: Any) -> 
     Raises:
         CheckpointError: half-written, truncated, corrupt, or of another model; ``model`` is then unchanged.
     """
-    folder = Path(folder)
+    if memory is not None:
+        check_memory(memory)
+    loaded = _load(Path(folder), model, options)
+    return loaded if memory is None else set_memory(loaded, memory)
+
+
+def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
     config = read_config(folder)
     if config.get("model_type") == "isogrid_vit_saliency":
         import isogrid.data.saliency  # noqa: F401  registers the architecture

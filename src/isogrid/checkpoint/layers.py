@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from isogrid.errors import CheckpointError, IsogridError
 from isogrid.formats import Format, format_from_dict
-from isogrid.linear import StructuredLinear, is_linear, linear_matrix
+from isogrid.linear import StructuredLinear, check_memory, is_linear, linear_matrix
 
 QUANT_METHOD = "isogrid"
 FORMAT_VERSION = 1
@@ -33,21 +33,25 @@ class LayerEntry:
     in_features: int
     out_features: int
     bias: bool
+    small_memory: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {
+        described = {
             "format": self.format.to_dict(),
             "in": self.in_features,
             "out": self.out_features,
             "bias": self.bias,
         }
+        return described | ({"memory": "small"} if self.small_memory else {})
 
     def build(self, dtype: torch.dtype, device: torch.device | str = "meta") -> StructuredLinear:
         """The layer, without numbers on the meta device."""
-        return StructuredLinear(
+        layer = StructuredLinear(
             self.in_features, self.out_features, self.format, bias=self.bias, device=device, dtype=dtype
         )
+        layer.small_memory = self.small_memory
+        return layer
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors the file must hold."""
@@ -58,7 +62,9 @@ class LayerEntry:
 def describe_layers(model: nn.Module) -> dict[str, LayerEntry]:
     """The structured layers of a model."""
     return {
-        name: LayerEntry(module.format, module.in_features, module.out_features, module.bias is not None)
+        name: LayerEntry(
+            module.format, module.in_features, module.out_features, module.bias is not None, module.small_memory
+        )
         for name, module in model.named_modules()
         if isinstance(module, StructuredLinear)
     }
@@ -100,7 +106,10 @@ def _parse_entry(name: str, entry: Any, source: str) -> LayerEntry:
         sizes = entry["in"], entry["out"]
         if not all(isinstance(size, int) and 0 < size <= LARGEST_SIDE for size in sizes):
             raise CheckpointError(f"{source}: layer {name!r} has sizes {sizes}, not in 1 … {LARGEST_SIDE}")
-        parsed = LayerEntry(format_from_dict(entry["format"]), entry["in"], entry["out"], bool(entry["bias"]))
+        memory = entry.get("memory", "fast")
+        check_memory(memory)
+        fmt = format_from_dict(entry["format"])
+        parsed = LayerEntry(fmt, entry["in"], entry["out"], bool(entry["bias"]), memory == "small")
         parsed.tensors()
     except RecursionError:
         raise CheckpointError(f"{source}: layer {name!r}: its format is nested too deeply") from None

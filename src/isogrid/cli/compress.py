@@ -72,6 +72,9 @@ def compress(
     select: Annotated[list[str] | None, typer.Option(help="Layers to rewrite: q_proj, '*.mlp.*'; repeatable.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Patterns of layers to leave dense.")] = None,
     export: Annotated[str, typer.Option(help="structured, or dense: multiply the factors out again.")] = "structured",
+    memory: Annotated[
+        str, typer.Option(help="What layers may keep beside their factors when they multiply: fast, or small: nothing.")
+    ] = "fast",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as stored.")] = None,
     data: Data = None,
     seed: Seed = 0,
@@ -85,6 +88,7 @@ def compress(
     from isogrid.compress import Milliseconds, Recipe, allocate_uniform, as_candidates, estimate_seconds, select_layers
     from isogrid.evaluation import peak_memory_bytes
     from isogrid.formats import Budget
+    from isogrid.linear import check_memory
     from isogrid.report import format_bytes, format_duration, progress, read_json, write_json
     from isogrid.studies.subjects import calibration_data, timed_inputs
 
@@ -99,6 +103,7 @@ def compress(
         keep = followed.predicted.keep
     else:
         formats = as_candidates(format[0] if format and len(format) == 1 else format or "low_rank_light")
+    check_memory(memory)
     check_place(out)  # before the work, not after it
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise IsogridError(f"--out {out} is the model itself; give another folder")
@@ -153,6 +158,7 @@ def compress(
             allocate=allocate,
             held_out=held_out,
             resume=kept if trains["refine"] is not None else None,
+            memory=memory,
             seed=seed,
             on_layer=lambda layer: step(layer.name),
             **trains,

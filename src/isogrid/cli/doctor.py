@@ -13,11 +13,13 @@ from isogrid.errors import IsogridError
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what this installation has: versions, threads, embedded models, data sets."""
+    """Say what this installation has: versions, threads, products, embedded models, data sets."""
     import importlib.metadata
 
     from isogrid import __version__
     from isogrid.data import DATASETS, PRETRAINED, find_dataset
+    from isogrid.kernels.native.build import compiler, unsuitable
+    from isogrid.linear import speed_table
     from isogrid.report import describe_machine
 
     found: dict[str, Any] = describe_machine(__version__)
@@ -26,6 +28,11 @@ def doctor(as_json: Json = False) -> None:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
+    tool = compiler()
+    built = f"built by {tool}" if tool else "none: no C++ compiler; name one in CXX"
+    found["native products"] = unsuitable() or built
+    times = speed_table().place
+    found["measured times"] = str(times) if times.is_file() else "none: isogrid tune MODEL"
     for name, source in PRETRAINED.items():
         try:
             found[f"model {name}"] = f"{source.package} {importlib.metadata.version(source.package)}"

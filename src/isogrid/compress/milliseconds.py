@@ -23,7 +23,7 @@ from isogrid.compress.prices import Prices
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.evaluation import Timing, compare, evaluating, interleaved_medians
 from isogrid.formats import Budget, Dense, Format, new_factors
-from isogrid.linear import linear_matrix, speed_table
+from isogrid.linear import linear_matrix, prefers_dense, speed_table
 
 # Shares of the dense parameters at which formats are timed where a share of the time is asked for.
 SHARES = tuple(0.05 * step for step in range(1, 20))
@@ -143,17 +143,22 @@ class TimedPrices(Prices):
         """A member's time over the dense product's."""
         matrix = linear_matrix(self.layers[name])
         (out_features, in_features), rows = matrix.shape, self._rows[name]
-        key = (member, out_features, in_features, rows)
+        key = (member, out_features, in_features, rows, getattr(self.layers[name], "bias", None) is not None)
         if key not in self._quotients:
             table = speed_table()
-            times = table.times(member.label(), out_features, in_features, matrix.dtype, rows)
+            bias = getattr(self.layers[name], "bias", None)
+            sizes = (member.label(), out_features, in_features, matrix.dtype, rows)
+            times = table.times(*sizes, bias=bias is not None)
             if times is None:
                 factors = new_factors(member, out_features, in_features, dtype=matrix.dtype, device=matrix.device)
                 member.initialize(factors, out_features, in_features, torch.Generator().manual_seed(0))
-                times = compare(member, factors, out_features, in_features, matrix.dtype, rows, repeats=self.repeats)
-                table.learn(member.label(), out_features, in_features, matrix.dtype, rows, times)
+                times = compare(
+                    member, factors, out_features, in_features, matrix.dtype, rows, bias=bias, repeats=self.repeats
+                )
+                table.learn(*sizes, times, bias=bias is not None)
                 table.save()
-            self._quotients[key] = times["structured"] / times["dense"]
+            # A layer that is slower multiplies densely.
+            self._quotients[key] = 1.0 if prefers_dense(times) else times["structured"] / times["dense"]
         return self._quotients[key]
 
 

@@ -31,7 +31,7 @@ from isogrid.compress.summary import CompressionReport, LayerReport, count_param
 from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import Budget, Dense, Format, as_format
-from isogrid.linear import StructuredLinear, linear_matrix
+from isogrid.linear import StructuredLinear, check_memory, linear_matrix, set_memory
 
 # What `format="auto"` chooses from: the formats whose calibrated fits have won on some kind of layer.
 AUTO = ("low_rank_light", "blast", "monarch", "block_tensor_train")
@@ -58,6 +58,7 @@ def compress(
     refine: Refinement | float | None = None,
     distill: Distillation | float | None = None,
     resume: str | Path | None = None,
+    memory: str = "fast",
     seed: int = 0,
     on_layer: OnLayer | None = None,
     on_block: OnBlock | None = None,
@@ -95,6 +96,8 @@ def compress(
         distill: at the end, train the whole model towards the original's predictions: minutes, or a `Distillation`.
         resume: a folder where finished blocks are kept: the same call, after an interruption, goes on from there. It is
             left when all is done; delete it then. Needs calibration batches or texts.
+        memory: what the compressed layers may keep beside their factors when they multiply: "fast" or "small" (see
+            `set_memory`); saved with the model.
         seed: of the fits' randomness, and of the labels that sensitivities are measured with.
         on_layer: called with the report of each finished layer.
         on_block: called with the report of each refined block.
@@ -108,6 +111,7 @@ def compress(
             model is then as it was before.
     """
     begun = time.perf_counter()
+    check_memory(memory)
     given = format if isinstance(format, Plan) else None
     formats = given.formats if given is not None else as_candidates(format)
     if not 0 <= anchor <= 1:
@@ -233,6 +237,8 @@ def compress(
         report.warnings = _warnings(report)
         for message in report.warnings:  # inside: a caller's filter may make them errors
             warnings.warn(message, IsogridWarning, stacklevel=2)
+        for name in layers:
+            set_memory(model.get_submodule(name), memory)
         mark_structured(model, formats[0] if len(formats) == 1 else None)
     except BaseException:
         for name, module in layers.items():

@@ -17,6 +17,7 @@ from isogrid.fitting import FitReport, Metric, OnStep, fit_general, fit_thorough
 from isogrid.formats.budget import Budget, Cost
 from isogrid.formats.checks import check_factors, check_options, check_target, require_solver, too_small
 from isogrid.formats.factors import Factor, Factors, new_factors
+from isogrid.formats.formulations import Formulation
 from isogrid.formats.start import Component, gaussian_start, orthonormal_start
 from isogrid.formats.traits import Traits
 
@@ -65,6 +66,10 @@ class Format(ABC):
         """`multiply`, and a bias ``(out,)`` added; formats with products of their own add it within them."""
         y = self.multiply(factors, x, out_features)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def formulations(self) -> dict[str, Formulation]:
+        """Other ways to write `multiply` ("published", "einsum"), for benchmarks to time beside it. Default: none."""
+        return {}
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """The ``(out, in)`` matrix the factors stand for, differentiable."""

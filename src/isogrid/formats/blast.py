@@ -15,6 +15,7 @@ from isogrid.fitting import Metric, OnStep, descend, low_rank, project_slices, r
 from isogrid.formats.base import Format
 from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.formulations import Formulation, blast_einsum, blast_published
 from isogrid.formats.sizes import pad_matrix
 from isogrid.formats.start import Component, orthonormalize_
 from isogrid.formats.traits import Traits
@@ -67,6 +68,10 @@ class Blast(Format):
         """Three batched products; the coupling mixes blocks separately for each direction."""
         right, coupling, left = factors["right"], factors["coupling"], factors["left"]
         return coupled_stages(x, right, coupling, left, features=out_features, bias=bias)
+
+    def formulations(self) -> dict[str, Formulation]:
+        """As its paper writes it, and as einsum."""
+        return {"published": blast_published, "einsum": blast_einsum}
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, ``coupling``, ``left``."""

@@ -15,6 +15,7 @@ from isogrid.formats.base import Format
 from isogrid.formats.budget import Budget
 from isogrid.formats.checks import require_solver
 from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.formulations import Formulation, block_diagonal_einsum, block_diagonal_published
 from isogrid.formats.sizes import pad_matrix
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
@@ -67,6 +68,12 @@ class BlockDiagonal(Format):
         if self.shuffle:
             return rows.view(rows.shape[0], rows.shape[1] // blocks, blocks).transpose(1, 2)
         return rows.view(rows.shape[0], blocks, rows.shape[1] // blocks)
+
+    def formulations(self) -> dict[str, Formulation]:
+        """As its paper writes it, and as einsum."""
+        if self.shuffle:  # dealt out in turn: no paper writes that
+            return {}
+        return {"published": block_diagonal_published, "einsum": block_diagonal_einsum}
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``diagonal``."""

@@ -15,6 +15,7 @@ from isogrid.fitting import Metric, OnStep, fit_slices, project_slices, rank_bou
 from isogrid.formats.base import Format
 from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.formulations import Formulation, train_einsum, train_published
 from isogrid.formats.sizes import balanced_pair, greedy_pair, pad_matrix
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
@@ -98,6 +99,10 @@ class BlockTensorTrain(Format):
         first = derived(factors["right"], "turned", lambda right: right.mT)
         second = derived(factors["left"], "turned", lambda left: left.mT)
         return two_stage(x, first, second, interleave=False, features=out_features, bias=bias, in_runs=True)
+
+    def formulations(self) -> dict[str, Formulation]:
+        """As its paper writes it, and as einsum."""
+        return {"published": train_published, "einsum": train_einsum}
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

@@ -13,6 +13,7 @@ from isogrid.fitting import Metric, low_rank, rank_errors
 from isogrid.formats.base import Format
 from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.formulations import Formulation, low_rank_einsum, low_rank_published
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
 from isogrid.kernels import low_rank_product
@@ -58,6 +59,10 @@ class LowRank(Format):
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """``left · right``."""
         return factors["left"] @ factors["right"]
+
+    def formulations(self) -> dict[str, Formulation]:
+        """As its paper writes it, and as einsum."""
+        return {"published": low_rank_published, "einsum": low_rank_einsum}
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

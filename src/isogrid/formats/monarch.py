@@ -15,6 +15,7 @@ from isogrid.formats.base import Format
 from isogrid.formats.block_tensor_train import BlockTensorTrain
 from isogrid.formats.checks import require_solver
 from isogrid.formats.factors import Factor, Factors
+from isogrid.formats.formulations import Formulation, monarch_einsum, monarch_published
 from isogrid.formats.sizes import pad_matrix, stride_order
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
@@ -72,6 +73,10 @@ class Monarch(Format):
         """Blocked product, stride permutation, blocked product."""
         right, left = factors["right"], factors["left"]
         return two_stage(x, right, left, interleave=True, features=out_features, bias=bias)
+
+    def formulations(self) -> dict[str, Formulation]:
+        """As its paper writes it, and as einsum."""
+        return {"published": monarch_published, "einsum": monarch_einsum}
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """``right``, then ``left``."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from isogrid.kernels.native import PLAIN
+
 if TYPE_CHECKING:
     from isogrid.linear.layer import StructuredLinear
 
@@ -82,16 +84,16 @@ class Snapshot:
     """
 
     def __init__(self, factors: Mapping[str, Tensor]) -> None:
-        self.seen = [(weakref.ref(value), self._state(value)) for value in factors.values()]
+        self.seen = [(weakref.ref(value), *self._state(value)) for value in factors.values()]
 
     @staticmethod
     def _state(value: Tensor) -> tuple[int, int]:
-        local = value.to_local() if hasattr(value, "to_local") else value
+        local = value.to_local() if type(value) not in PLAIN and hasattr(value, "to_local") else value
         return value._version, local.data_ptr()
 
     def is_current(self, factors: Mapping[str, Tensor]) -> bool:
         """Whether these are the same tensors, unchanged."""
-        return all(
-            reference() is value and state == self._state(value)
-            for (reference, state), value in zip(self.seen, factors.values(), strict=True)
-        )
+        for (reference, version, place), value in zip(self.seen, factors.values(), strict=True):
+            if reference() is not value or self._state(value) != (version, place):
+                return False
+        return True

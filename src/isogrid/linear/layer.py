@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from isogrid.errors import IsogridError
 from isogrid.formats import Cost, Format, as_format, check_factors, new_factors
 from isogrid.kernels import derived_bytes, forget
+from isogrid.kernels.native import PLAIN
 from isogrid.linear.dense_layers import linear_matrix
 from isogrid.linear.dense_view import DenseView, Snapshot
-from isogrid.linear.speed import LEAST_SAVING, ROW_STEPS, WIN, speed_table
+from isogrid.linear.speed import LEAST_SAVING, prefers_dense, speed_table
+
+# Numbers of rows that a layer remembers its plans for.
+MOST_PLANS = 4096
 
 
 class StructuredLinear(nn.Module):
@@ -41,6 +45,8 @@ class StructuredLinear(nn.Module):
     init: str = "default"
     product: str = "auto"
     """How inference multiplies: "structured" by the factors, "dense" by the matrix, kept in memory; "auto": `plan`."""
+    small_memory: bool = False
+    """Whether nothing may be kept beside the factors, at whatever cost in time; see `set_memory`."""
 
     def __init__(
         self,
@@ -84,7 +90,7 @@ class StructuredLinear(nn.Module):
         self.out_features = out_features
         self.format = format
         self._cached_dense: tuple[Snapshot, Tensor] | None = None
-        self._plans: dict[tuple[int, str], bool] = {}
+        self._plans: dict[tuple[int, str, int], str] = {}
         specs = format.factors(out_features, in_features)
         self._factor_names = tuple(specs)
         for name, spec in specs.items():
@@ -159,7 +165,14 @@ class StructuredLinear(nn.Module):
     @property
     def factors(self) -> dict[str, Tensor]:
         """The live factor tensors by name."""
-        return {name: getattr(self, name) for name in self._factor_names}
+        # Past `nn.Module.__getattr__`, which costs more than a small product; where a parametrization or a wrapper has
+        # put something else in a parameter's place, through it.
+        parameters = self._parameters
+        found: dict[str, Tensor] = {}
+        for name in self._factor_names:
+            value = parameters.get(name)
+            found[name] = getattr(self, name) if value is None else value
+        return found
 
     def floating_factor(self) -> Tensor:
         """A factor that carries the layer's dtype and device."""
@@ -177,26 +190,33 @@ class StructuredLinear(nn.Module):
             )
         if not (x.is_floating_point() or x.is_complex()):
             raise IsogridError(f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it")
-        if not self.training and self.product != "structured" and self._multiplies_densely(x):
-            return torch.nn.functional.linear(x, self.dense(), self.bias)
-        return self.format.affine(self.factors, x, self.out_features, self.bias)
+        if not self.training and self._multiplies_densely(x):
+            return torch.nn.functional.linear(x, self._kept_dense(), self.bias)
+        y = self.format.affine(self.factors, x, self.out_features, self.bias)
+        if self.small_memory and not torch.compiler.is_compiling():
+            self.let_go()
+        return y
 
     def plan(self, rows: int) -> str:
         """How inference multiplies so many rows: "structured" or "dense", by measured times where there are any.
 
         The dense product keeps the whole matrix in memory (see `memory`). ``layer.product = "structured"`` rules it
-        out, "dense" rules it in. A layer of codes is never multiplied densely unasked: its memory is what it is for.
+        out, "dense" rules it in; with ``small_memory`` it is out whatever else is said. A layer of codes is never
+        multiplied densely unasked: its memory is what it is for.
         """
+        if self.small_memory:
+            return "structured"
         if self.product != "auto":
             return self.product
         like = self.floating_factor()
         specs = self.format.factors(self.out_features, self.in_features).values()
         if like.device.type != "cpu" or any(spec.role == "code" for spec in specs):
             return "structured"
-        label = self.format.label()
-        times = speed_table().times(label, self.out_features, self.in_features, like.dtype, rows)
+        times = speed_table().times(
+            self.format.label(), self.out_features, self.in_features, like.dtype, rows, bias=self.bias is not None
+        )
         if times is not None:
-            return "dense" if times["dense"] * WIN < times["structured"] else "structured"
+            return "dense" if prefers_dense(times) else "structured"
         whole = self.out_features * self.in_features
         return "dense" if whole < LEAST_SAVING * self.cost().multiply_adds else "structured"
 
@@ -205,19 +225,29 @@ class StructuredLinear(nn.Module):
         self._plans = {}
 
     def _multiplies_densely(self, x: Tensor) -> bool:
+        # Every call comes through here: plans are looked up once, and what rules a dense product out is asked last.
+        if self.product == "structured" or self.small_memory or torch.compiler.is_compiling():
+            return False
+        key = (x.numel() // self.in_features, self.product, torch.get_num_threads())
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans = {}
+            plan = self._plans[key] = self.plan(key[0])
+        if plan == "structured":
+            return False
+        tensors = self.factors.values()
+        if torch.is_grad_enabled() and (x.requires_grad or any(value.requires_grad for value in tensors)):
+            return False
         like = self.floating_factor()
-        if torch.is_grad_enabled() and (x.requires_grad or like.requires_grad):
+        if x.dtype != like.dtype or torch._C._are_functorch_transforms_active():
             return False
-        if x.dtype != like.dtype or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return False
-        if hasattr(like, "to_local") or like.is_inference():
-            return False
-        rows = x.shape[:-1].numel()
-        step = max((step for step in ROW_STEPS if step <= rows), default=0)
-        key = (step, self.product)
-        if key not in self._plans:
-            self._plans[key] = self.plan(step) == "dense"
-        return self._plans[key]
+        return type(like) in PLAIN and not like.is_inference()
+
+    def _kept_dense(self) -> Tensor:
+        """The kept matrix where it is current, else `dense`."""
+        kept = self._cached_dense
+        return kept[1] if kept is not None and kept[0].is_current(self.factors) else self.dense()
 
     def dense(self) -> Tensor:
         """The ``(out, in)`` matrix, differentiable in the factors; gathers sharded factors first."""
@@ -225,18 +255,22 @@ class StructuredLinear(nn.Module):
             name: value.full_tensor() if hasattr(value, "full_tensor") else value
             for name, value in self.factors.items()
         }
-        if torch.is_grad_enabled() and any(value.requires_grad for value in factors.values()):
-            return self.format.dense(factors, self.out_features, self.in_features)
-        if self.training or torch.compiler.is_compiling():
+        differentiates = torch.is_grad_enabled() and any(value.requires_grad for value in factors.values())
+        if differentiates or self.training or torch.compiler.is_compiling():
             return self.format.dense(factors, self.out_features, self.in_features)
         if any(value.is_inference() for value in factors.values()):  # they don't tell when they change
             return self.format.dense(factors, self.out_features, self.in_features)
-        if self._cached_dense is None or not self._cached_dense[0].is_current(self.factors):
-            # Outside of inference mode: autograd may use afterwards what is computed here.
-            with torch.inference_mode(False), torch.no_grad():
-                dense = self.format.dense(factors, self.out_features, self.in_features).detach()
+        if self._cached_dense is not None and self._cached_dense[0].is_current(self.factors):
+            return self._cached_dense[1]
+        # Outside of inference mode: autograd may use afterwards what is computed here.
+        with torch.inference_mode(False), torch.no_grad():
+            # In the order of nn.Linear's weight: products by a transposed one are up to a tenth slower.
+            dense = self.format.dense(factors, self.out_features, self.in_features).detach().contiguous()
+        if self.small_memory:
+            self.let_go()
+        else:
             self._cached_dense = Snapshot(self.factors), dense
-        return self._cached_dense[1]
+        return dense
 
     @property
     def weight(self) -> Tensor:
@@ -274,10 +308,14 @@ class StructuredLinear(nn.Module):
     def train(self, mode: bool = True) -> StructuredLinear:
         """Training drops what is kept beside the factors: it would be stale after every step."""
         if mode:
-            self._cached_dense = None
-            for value in self.factors.values():
-                forget(value)
+            self.let_go()
         return super().train(mode)
+
+    def let_go(self) -> None:
+        """Drop what is kept beside the factors; it is made again when it is needed."""
+        self._cached_dense = None
+        for value in self.factors.values():
+            forget(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StructuredLinear:
         self._cached_dense, self._plans = None, {}

@@ -1,7 +1,7 @@
 """How fast structured layers are, as a share of what their operation count promises, beside ``nn.Linear`` and peers.
 
-Peers are the formulations that papers publish, chains of batched products with the rows on the left, and the portable
-products of this library, with the rows on the right. All calls of a point run in turns in one process; a point's figure
+Peers are the formulations that papers publish and users write (`Format.formulations`), chains of batched products and
+einsums, and the portable products of this library. All calls of a point run in turns in one process; a point's figure
 is a quotient of medians. At one row weights are read from memory: calls go round copies larger than the last cache, and
 the promise is the ratio of bytes.
 """
@@ -9,10 +9,8 @@ the promise is the ratio of bytes.
 from __future__ import annotations
 
 import itertools
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,35 +18,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.evaluation import interleaved_medians, training_peak_bytes
+from isogrid.errors import BudgetError, IsogridError
+from isogrid.evaluation import (
+    cold_copies,
+    interleaved_times,
+    median_interval,
+    ratio_interval,
+    training_peak_bytes,
+    tune_layers,
+)
 from isogrid.formats import Budget, Format, as_format
 from isogrid.kernels import native
-from isogrid.linear import StructuredLinear
-from isogrid.report import describe_machine, replace_file, save_figure, today, write_json
+from isogrid.linear import StructuredLinear, products
+from isogrid.report import describe_machine, format_duration, replace_file, save_figure, today, write_json
+from isogrid.studies.layer_tables import heat_map, markdown, summaries
 from isogrid.studies.rows import Say, remembered
 
-FORMATS = ("low_rank", "block_diagonal", "monarch", "block_tensor_train", "blast")
+# Formats by the share they keep; a Monarch of half the dense size has 4 blocks, a smaller one 16.
+FORMATS = {
+    0.125: ("low_rank", "block_diagonal", "monarch(blocks=16)", "block_tensor_train", "blast"),
+    0.5: ("low_rank", "block_diagonal", "monarch(blocks=4)", "block_tensor_train", "blast"),
+}
+FURTHER = ("low_rank_light", "kronecker", "block_dense")
 WIDTHS = (768, 2048, 4096)
 ROWS = (1, 16, 256)
-KEEPS = (0.125, 0.5)
 DTYPES = ("float32", "bfloat16")
 FULL_SHAPES = (*((width, width) for width in WIDTHS), (576, 1536), (1536, 576), (768, 3072), (3072, 768))
-FULL_FORMATS = (*FORMATS, "low_rank_light", "kronecker", "block_dense")
 # Points that would ideally take less are ruled by the overhead of calls.
 JUDGED_FROM_MS = 0.05
-# Block sides that sum to less are small: moving numbers costs as much as multiplying them.
+# Sides of the blocks, inputs of the first stage and outputs of the last, that sum to less are small: moving numbers
+# then costs as much as multiplying them.
 SMALL_SIDES = 192
-COLD_BYTES = 128 * 2**20
+# From so many rows on, more threads are judged by one thread's time.
+SCALED_ROWS = 256
+# A structured layer in automatic mode is to take no longer than a dense one, by more than measurements can tell.
+ALLOWED = 1.05
+
+Point = Mapping[str, Any]
 
 
 def run_layer_speed(
     out: Path,
     *,
-    suite: str = "layers",
     full: bool = False,
     quick: bool = False,
-    threads: int | None = None,
-    repeats: int = 15,
+    threads: Sequence[int] = (1,),
+    repeats: int = 31,
     seed: int = 0,
     command: str = "isogrid bench",
     say: Say = print,
@@ -56,30 +71,37 @@ def run_layer_speed(
     """Time formats x shapes x rows x sizes x dtypes, forward and with backward.
 
     Args:
-        out: folder for ``table.md``, ``data.json`` and ``efficiency.png``. Points are kept in ``runs/bench``.
-        suite: "layers".
+        out: folder for ``table.md``, ``data.json`` and ``efficiency.png``. Points are kept in ``runs/bench/layers``.
         full: more formats, rectangular shapes, 2048 rows.
         quick: one width and few repeats.
-        threads: of torch; None: as they are.
-        repeats: of each call.
+        threads: numbers of torch's threads. With one alone all points are timed; of further ones the points of
+            `SCALED_ROWS` and more, and the same calls on one thread among them.
+        repeats: rounds of a forward point; one with backward gets half as many.
         seed: of the numbers multiplied.
         command: for the page.
         say: told each point.
 
     Returns:
-        The data: points, and summaries by dtype and direction.
+        The data: points, and summaries by threads, dtype, direction and rows.
+
+    Raises:
+        IsogridError: no number of threads, or one below 1.
     """
+    if not threads or min(threads) < 1:
+        raise IsogridError(f"threads are numbers of 1 and more, got {list(threads)}")
+    points = list(_points(full, quick, threads))
+    settings: dict[str, Any] = {"repeats": 5 if quick else repeats, "seed": seed, "products": products()}
+    estimate = sum(_estimate(point, settings["repeats"]) for point in points)
+    say(f"{len(points)} points; about {format_duration(estimate)}")
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    tuned: set[str] = set()
+    rows = []
     try:
-        points = list(_points(full, quick))
-        settings = {"threads": torch.get_num_threads(), "repeats": 3 if quick else repeats, "seed": seed}
-        say(f"{len(points)} points; about {len(points) * (0.3 if quick else 3) / 60:.0f} minutes")
-        rows = []
         for point in points:
-            key = "-".join(str(value) for value in point.values())
-            rows.append(remembered(Path("runs/bench") / suite, key, settings, partial(_measured, point, settings)))
+            torch.set_num_threads(point["threads"])
+            key = "-".join(str(value).replace(" ", "") for value in point.values())
+            make = partial(_measured, point, settings, tuned)
+            rows.append(remembered(Path("runs/bench/layers"), key, settings, make))
             say(_line(rows[-1]))
     finally:
         torch.set_num_threads(before)
@@ -91,56 +113,80 @@ def run_layer_speed(
         "created": today(),
         "machine": describe_machine(__version__),
         "settings": settings,
-        "summaries": _summaries(rows),
+        "summaries": summaries(rows),
+        "slower": [row["label"] for row in slower(rows)],
         "rows": rows,
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
+    replace_file(out / "table.md", markdown(result, slower(rows)).encode())
     replace_file(out / "command.txt", f"{command}\n".encode())
-    save_figure(_heat_map(rows), out / "efficiency.png")
+    save_figure(heat_map([row for row in rows if row["threads"] == min(threads)]), out / "efficiency.png")
     return result
 
 
-def _points(full: bool, quick: bool) -> Any:
+def slower(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The points whose automatic mode is slower than dense beyond doubt: the whole interval above `ALLOWED`."""
+    return [row for row in rows if row.get("auto") is not None and row["auto"]["lower"] > ALLOWED]
+
+
+def _points(full: bool, quick: bool, threads: Sequence[int]) -> Iterator[dict[str, Any]]:
     shapes = FULL_SHAPES if full else tuple((width, width) for width in (WIDTHS[:1] if quick else WIDTHS))
-    rows = (*ROWS, 2048) if full else ROWS
-    for name, (m, n), count, keep, dtype in itertools.product(
-        FULL_FORMATS if full else FORMATS, shapes, rows, KEEPS, DTYPES
-    ):
-        if name == "block_diagonal" and m != n:
-            continue
-        for direction in ("forward", "forward + backward") if count > 1 else ("forward",):
-            yield {
-                "format": name, "out": m, "in": n, "rows": count, "keep": keep, "dtype": dtype, "direction": direction
-            }  # fmt: skip
+    counts = (*ROWS, 2048) if full else ROWS
+    for number, (keep, names) in itertools.product(threads, FORMATS.items()):
+        for name, (m, n), rows, dtype in itertools.product(
+            (*names, *(FURTHER if full else ())), shapes, counts, DTYPES
+        ):
+            if number > 1 and len(threads) > 1 and rows < SCALED_ROWS:
+                continue
+            member = _member(name, m, n, keep)
+            for direction in ("forward", "forward + backward") if rows > 1 else ("forward",):
+                if member is not None:
+                    yield {
+                        "format": member.label(), "keep": keep, "out": m, "in": n, "rows": rows, "dtype": dtype,
+                        "direction": direction, "threads": number,
+                    }  # fmt: skip
 
 
-def member(name: str, out_features: int, in_features: int, keep: float) -> Format:
-    """The format at a size; a Monarch of half the dense size has 4 blocks, a smaller one 16."""
-    if name == "monarch":
-        return as_format({"name": "monarch", "blocks": 4 if keep == 0.5 else 16})
-    return as_format(name).sized(out_features, in_features, Budget.keep(keep, out_features, in_features))
+def _member(name: str, out_features: int, in_features: int, keep: float) -> Format | None:
+    """The format at a size; None where these sides have none."""
+    try:
+        return as_format(name).sized(out_features, in_features, Budget.keep(keep, out_features, in_features))
+    except (BudgetError, IsogridError):
+        return None
 
 
-def _measured(point: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _estimate(point: Point, repeats: int) -> float:
+    """Seconds that a point takes, roughly: copies and tuning, and some four times the dense layer's time a round."""
+    dense = point["rows"] * point["out"] * point["in"] / (4e10 if point["dtype"] == "float32" else 1e11)
+    dense += point["out"] * point["in"] / 1e10
+    return 0.8 + repeats * 4 * dense * (1 if point["direction"] == "forward" else 1.5)
+
+
+def _measured(point: Point, settings: Mapping[str, Any], tuned: set[str]) -> dict[str, Any]:
     m, n, rows, dtype = point["out"], point["in"], point["rows"], getattr(torch, point["dtype"])
     source = torch.Generator().manual_seed(settings["seed"])
-    fmt = member(point["format"], m, n, point["keep"])
+    fmt = as_format(point["format"])
     backward = point["direction"] != "forward"
     cost = fmt.cost(m, n, dtype)
     x = torch.randn(rows, n, generator=source).to(dtype).requires_grad_(backward)
-    dense = [nn.Linear(n, m, bias=False, dtype=dtype) for _ in range(_copies(rows, m * n * dtype.itemsize))]
-    ours = [
-        StructuredLinear(n, m, fmt, bias=False, dtype=dtype, generator=source).train(backward)
-        for _ in range(_copies(rows, cost.bytes))
-    ]
-    for layer in (*dense, *ours):
-        layer.requires_grad_(backward)
     gradient = torch.randn(rows, m, generator=source).to(dtype)
+    copies = {"dense": cold_copies(rows, m * n * dtype.itemsize), "ours": cold_copies(rows, cost.bytes)}
 
-    def call(layers: Sequence[nn.Module], product: Callable[[Any, Tensor], Tensor]) -> Callable[[], None]:
-        turn = itertools.cycle(layers)
+    def layers(product: str, count: int) -> list[nn.Module]:
+        made = [
+            StructuredLinear(n, m, fmt, bias=False, dtype=dtype, generator=source).train(backward) for _ in range(count)
+        ]
+        for layer in made:
+            layer.product = product
+        return [layer.requires_grad_(backward) for layer in made]
+
+    def call(
+        some: Sequence[nn.Module], product: Callable[[Any, Tensor], Tensor], phase: float = 0.0
+    ) -> Callable[[], None]:
+        # Calls that go round the same copies keep apart: what the one has read is no longer in the cache for the other.
+        begun = round(phase * len(some))
+        turn = itertools.cycle((*some[begun:], *some[:begun]))
 
         def run() -> None:
             layer = next(turn)
@@ -150,186 +196,108 @@ def _measured(point: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str
                 layer.zero_grad()
                 y.backward(gradient)
 
+        for _ in some:  # what a layer keeps beside its factors is made before it is timed
+            run()
         return run
 
-    calls = {
-        "dense": call(dense, lambda layer, x: layer(x)),
-        "ours": call(ours, lambda layer, x: layer(x)),
-        "published": call(ours, partial(_published, fmt)),
-        "portable": call(ours, _portable),
-    }
-    if not backward:  # what is derived from factors is derived before
-        with torch.no_grad():
-            for layer in ours:
-                layer(x)
-    found = interleaved_medians(calls, repeats=settings["repeats"])
-    operations = rows * m * n
+    dense = [nn.Linear(n, m, bias=False, dtype=dtype).requires_grad_(backward) for _ in range(copies["dense"])]
+    ours = layers("structured", copies["ours"])
+    chains = {name: partial(_formulated, formulation) for name, formulation in fmt.formulations().items()}
+    plan = None
+    with torch.set_grad_enabled(backward):
+        calls = {"dense": call(dense, _as_module), "ours": call(ours, _as_module)}
+        if not backward:
+            plan, automatic = _automatic(layers, copies, rows, point, tuned)
+            calls["auto"] = call(automatic, _as_module)
+        phases = iter(range(1, len(chains) + 2))
+        calls |= {name: call(ours, chain, next(phases) / (len(chains) + 2)) for name, chain in chains.items()}
+        with without_native():
+            calls["portable"] = call(ours, _as_module, next(phases) / (len(chains) + 2))
+        within: dict[str, Callable[[], AbstractContextManager[object]]] = {"portable": without_native}
+        if point["threads"] > 1 and rows >= SCALED_ROWS:
+            for name in ("dense", "ours"):
+                calls[f"{name}, one thread"] = calls[name]
+                within[f"{name}, one thread"] = partial(threads_set, 1)
+        repeats = max(settings["repeats"] // 2, 3) if backward else settings["repeats"]
+        times = interleaved_times(calls, repeats=repeats, within=within)
+    found = {name: median_interval(one).value for name, one in times.items()}
+    operations = (3 if backward else 1) * rows * m * n
     promise = m * n * dtype.itemsize / cost.bytes if rows == 1 else m * n / cost.multiply_adds
-    times = {f"{name}_ms": timing.median for name, timing in found.items()}
-    ideal = times["dense_ms"] / promise
+    stages = fmt.components(m, n)
     return {
         **point,
-        "label": fmt.label(),
+        "label": f"{point['format']} {m} x {n}, {rows} rows, {point['dtype']}, {point['direction']}",
         "promise": promise,
-        **times,
-        "dense_gmacs": (3 if backward else 1) * operations / times["dense_ms"] / 1e6,
-        "speedup": times["dense_ms"] / times["ours_ms"],
-        "efficiency": ideal / times["ours_ms"],
+        "ms": found,
+        "dense_gmacs": operations / found["dense"] / 1e6,
+        "speedup": found["dense"] / found["ours"],
+        "efficiency": found["dense"] / promise / found["ours"],
         "memory": training_peak_bytes(ours[0], x) / training_peak_bytes(dense[0], x) if backward else None,
-        "judged": ideal >= JUDGED_FROM_MS,
-        "small": _small(fmt, m, n),
+        "auto": None if backward else vars(ratio_interval(times["auto"], times["dense"])),
+        "plan": plan,
+        "scaling": {name: found[f"{name}, one thread"] / found[name] for name in ("dense", "ours") if len(within) > 1},
+        "judged": found["dense"] / promise >= JUDGED_FROM_MS,
+        "small": stages[0].fan_in + stages[-1].fan_out < SMALL_SIDES,
     }
 
 
-def _copies(rows: int, size: int) -> int:
-    return max(-(-COLD_BYTES // size), 1) if rows == 1 else 1
+def _automatic(
+    layers: Callable[[str, int], list[nn.Module]],
+    copies: Mapping[str, int],
+    rows: int,
+    point: Point,
+    tuned: set[str],
+) -> tuple[str, list[nn.Module]]:
+    """The plan of layers in automatic mode, measured on this machine first, and as many layers as it takes."""
+    (first,) = layers("auto", 1)
+    assert isinstance(first, StructuredLinear)
+    key = f"{point['format']} {point['out']} {point['in']} {point['dtype']} {point['threads']}"
+    if key not in tuned:
+        tuned.add(key)
+        tune_layers([first])
+    plan = first.plan(rows)
+    return plan, [first, *layers("auto", copies["dense" if plan == "dense" else "ours"] - 1)]
 
 
-def _small(fmt: Format, out_features: int, in_features: int) -> bool:
-    """Whether the sides of a stage's blocks sum to less than the bound."""
-    shapes = [
-        factor.shape[-2:] for factor in fmt.factors(out_features, in_features).values() if factor.role == "weight"
-    ]
-    if fmt.name == "blast":  # the coupling is no block
-        shapes = [shapes[0], shapes[2]]
-    return min(sum(shape) for shape in shapes) < SMALL_SIDES
-
-
-@contextmanager
-def _without_native() -> Any:
-    kept = native.takes
-    try:
-        native.takes = lambda *_: False
-        yield
-    finally:
-        native.takes = kept
-
-
-def _portable(layer: StructuredLinear, x: Tensor) -> Tensor:
-    with _without_native():
-        y: Tensor = layer(x)
+def _as_module(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x)
     return y
 
 
-def _published(fmt: Format, layer: StructuredLinear, x: Tensor) -> Tensor:
-    """The products as the papers write them: rows on the left, an intermediate and its permutation in memory."""
-    factors, rows = layer.factors, len(x)
-    if fmt.name == "monarch":  # Dao et al. 2022
-        right, left = factors["right"], factors["left"]
-        k, q, p = right.shape
-        hidden = torch.bmm(x.reshape(rows, k, p).transpose(0, 1), right.mT).transpose(0, 1).reshape(rows, q, k)
-        out = torch.bmm(hidden.permute(2, 0, 1).contiguous(), left.mT)
-        return out.permute(1, 2, 0).reshape(rows, -1)
-    if fmt.name == "block_tensor_train":  # Qiu et al. 2024
-        right, left = factors["right"], factors["left"]
-        (m1, m0, _), (n0, _, n1) = right.shape, left.shape
-        hidden = torch.bmm(x.reshape(rows, m1, m0).transpose(0, 1), right).view(m1, rows, n0, -1)
-        out = torch.bmm(hidden.permute(2, 1, 0, 3).reshape(n0, rows, -1), left)
-        return out.transpose(0, 1).reshape(rows, n0 * n1)
-    if fmt.name == "blast":  # Lee et al. 2024
-        right, coupling, left = factors["right"], factors["coupling"], factors["left"]
-        b, _, p = right.shape
-        hidden = torch.bmm(x.view(rows, b, p).transpose(0, 1), right.mT)  # (columns, rows, rank)
-        mixed = (coupling.unsqueeze(2) * hidden.unsqueeze(0)).sum(1)  # (row blocks, rows, rank)
-        return torch.bmm(mixed, left.mT).transpose(0, 1).reshape(rows, -1)
-    return _portable(layer, x)
+def _formulated(formulation: Any, layer: StructuredLinear, x: Tensor) -> Tensor:
+    y: Tensor = formulation(layer.factors, x, layer.out_features)
+    return y
 
 
-def _summaries(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means and the least over judged points, by dtype, direction and number of rows."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["judged"]:
-            groups.setdefault((row["dtype"], row["direction"], "one row" if row["rows"] == 1 else "more"), []).append(
-                row
-            )
-    found = []
-    for (dtype, direction, count), some in groups.items():
-        blocked = [row for row in some if row["format"] not in ("low_rank", "block_diagonal")]
-        found.append(
-            {
-                "dtype": dtype,
-                "direction": direction,
-                "rows": count,
-                "points": len(some),
-                "efficiency": _mean(row["efficiency"] for row in some),
-                "least, large blocks": min((row["efficiency"] for row in some if not row["small"]), default=None),
-                "least, small blocks": min((row["efficiency"] for row in some if row["small"]), default=None),
-                "speedup": _mean(row["speedup"] for row in some),
-                "least speedup": min(row["speedup"] for row in some),
-                "over published": _mean(row["published_ms"] / row["ours_ms"] for row in blocked or some),
-                "over best chain": _mean(
-                    min(row["published_ms"], row["portable_ms"]) / row["ours_ms"] for row in blocked or some
-                ),
-                "peak memory": _mean(row["memory"] for row in some) if direction != "forward" else None,
-                "dense GMAC/s": statistics.median(row["dense_gmacs"] for row in some),
-            }
-        )
-    return found
+@contextmanager
+def without_native() -> Iterator[None]:
+    """Products are portable inside."""
+    kept = native.loaded()
+    try:
+        native._found = frozenset()
+        yield
+    finally:
+        native._found = kept
 
 
-def _mean(values: Any) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
+@contextmanager
+def threads_set(count: int) -> Iterator[None]:
+    """Torch has so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return (
-        f"{row['out']} x {row['in']}, {row['rows']} rows, {row['dtype']}, {row['label']}, {row['direction']}: "
-        f"{row['speedup']:.2f} x dense ({row['promise']:.1f} promised), efficiency {row['efficiency']:.2f}"
-        f"{'' if row['judged'] else ', not judged'}"
+    line = (
+        f"{row['label']}, {row['threads']} threads: {row['speedup']:.2f} x dense ({row['promise']:.1f} promised), "
+        f"efficiency {row['efficiency']:.2f}{'' if row['judged'] else ', not judged'}"
     )
-
-
-def _markdown(result: Mapping[str, Any]) -> str:
-    machine, settings = result["machine"], result["settings"]
-    lines = [f"# {result['title']}", ""]
-    lines += [
-        f"`{result['command']}` · {machine['cpu']} · {settings['threads']} threads · torch {machine['torch']}",
-        "",
-    ]
-    heads = list(result["summaries"][0]) if result["summaries"] else []
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in result["summaries"]:
-        lines.append("| " + " | ".join(_cell(row[head]) for head in heads) + " |")
-    lines += ["", "Geometric means over judged points (ideal time of 50 µs and more). Efficiency: speedup over dense "
-              "divided by the ratio of operations, at one row of bytes. Peak memory: the most bytes "
-              "that forward and backward held at once, gradients, intermediates and working room included, over the "
-              "dense layer's.", ""]  # fmt: skip
-    heads = ["format", "out", "in", "rows", "dtype", "direction", "dense ms", "ours ms", "published ms", "portable ms",
-             "promised", "speedup", "efficiency", "peak memory", "judged"]  # fmt: skip
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    keys = ["label", "out", "in", "rows", "dtype", "direction", "dense_ms", "ours_ms", "published_ms", "portable_ms",
-            "promise", "speedup", "efficiency", "memory", "judged"]  # fmt: skip
-    lines += ["| " + " | ".join(_cell(row[key]) for key in keys) + " |" for row in result["rows"]]
-    return "\n".join([*lines, ""])
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return "" if value is None else str(value)
-
-
-def _heat_map(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Efficiency by format and size against rows, dtype and direction."""
-    from isogrid.report.canvas import empty_figure
-
-    down = list(dict.fromkeys(f"{row['format']} {row['keep']:g}, {row['out']} x {row['in']}" for row in rows))
-    across = list(dict.fromkeys(f"{row['rows']} rows\n{row['dtype']}\n{row['direction']}" for row in rows))
-    values = torch.full((len(down), len(across)), math.nan)
-    for row in rows:
-        place = down.index(f"{row['format']} {row['keep']:g}, {row['out']} x {row['in']}")
-        values[place, across.index(f"{row['rows']} rows\n{row['dtype']}\n{row['direction']}")] = row["efficiency"]
-    figure = empty_figure((2.5 + 1.0 * len(across), 1.2 + 0.26 * len(down)))
-    axes = figure.add_subplot()
-    axes.imshow(values.numpy(), cmap="RdYlGn", vmin=0, vmax=1.5, aspect="auto")
-    axes.set_xticks(range(len(across)), across, fontsize=7)
-    axes.set_yticks(range(len(down)), down, fontsize=7)
-    for i, j in itertools.product(range(len(down)), range(len(across))):
-        if not math.isnan(values[i, j]):
-            axes.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=6)
-    axes.set_title("Speedup over dense as a share of what is promised", fontsize=9)
-    return figure
+    if row["auto"] is not None:
+        line += f"; automatic ({row['plan']}) {row['auto']['value']:.2f} of dense"
+    if row["scaling"]:
+        line += f"; {row['scaling']['ours']:.2f} x one thread"
+    return line
