@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from isogrid.optim import PRESETS
+from tests.optim.ranks_program import RUNS
 
 PROGRAM = Path(__file__).with_name("ranks_program.py")
 
@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
     return load[0], load[1], load[2]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_are_one(runs, name):
     alone, first, second = runs
     kinds = [key for key in first if key.partition("/")[0] == name]
@@ -47,9 +47,7 @@ def test_two_ranks_are_one(runs, name):
         assert torch.equal(value, second[f"{name}/ddp"][key]), "replicas never drift apart"
 
 
-@pytest.mark.parametrize(
-    "name", ["default", "rsvd_adam", "galore", "ldadam", "fira", "apollo", "apollo_mini", "golore"]
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_sharded_run_resumes_to_the_same_trajectory(runs, name):
     _, first, _ = runs
     for key, value in first[f"{name}/fsdp"].items():

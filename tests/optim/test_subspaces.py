@@ -180,9 +180,10 @@ def test_an_adaptive_gap_doubles_while_the_direction_stands():
     assert gaps == [2, 2, 2, 4, 8, 16, 32]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("foreach", [True, False])
-def test_buckets_change_nothing(foreach):
-    models = network(), network()
+def test_buckets_change_nothing(foreach, dtype):
+    models = network(dtype=dtype), network(dtype=dtype)
     one = ProjectedAdamW(models[0].parameters(), 0.01, rank=2, refresh=3, foreach=foreach)
     other = ProjectedAdamW(models[1].parameters(), 0.01, rank=2, refresh=3)
     for model, optimizer in zip(models, (one, other), strict=True):

@@ -117,6 +117,7 @@ def test_only_what_is_slower_beyond_doubt_is_named():
     result = {
         "title": "t",
         "command": "c",
+        "created": "2026-01-01",
         "machine": {"cpu": "a", "torch": "b"},
         "settings": {"repeats": 31},
         "summaries": layer_tables.summaries(rows),

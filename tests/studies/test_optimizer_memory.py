@@ -83,7 +83,15 @@ def test_flops_are_the_stored_measurements(hollow):
         assert study.base_flops() + projection_flops(study.rsvd(hollow, rank)) == flops
     assert study.base_flops() == 1_043_850_362_880
     assert study.sentence_flops() == 935_573_760
-    assert study.lora_flops(16) == 681_632_366_592 + 660_602_880 * 16
+    for rank in (4, 16, 64):
+        assert study.lora_flops(rank) == 681_632_366_592 + 660_602_880 * rank
+        assert study.materialized_flops(rank) == 768_435_585_024 + 63_742_464 * rank
+        assert (
+            study.factors_flops(rank)
+            < study.base_flops()
+            < study.base_flops() + projection_flops(study.rsvd(hollow, rank))
+        )
+    assert [row["rank"] for row in study.flops_table(hollow)] == list(study.RANKS)
 
 
 def test_the_study_writes_table_csv_and_picture(tmp_path, monkeypatch):
@@ -97,3 +105,5 @@ def test_the_study_writes_table_csv_and_picture(tmp_path, monkeypatch):
     with (tmp_path / "out" / "optimizer_memory.csv").open() as stream:
         assert next(csv.DictReader(stream))["measured_bytes"] == "3060664"
     assert (tmp_path / "out" / "optimizer_memory.png").stat().st_size > 1000
+    with (tmp_path / "out" / "flops.csv").open() as stream:
+        assert next(csv.DictReader(stream))["rsvd_adam"] == "1044917483520"

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from isogrid import IsogridError
 from isogrid.cli.studies import study_options
 from isogrid.data import load_imdb, load_sst2
+from isogrid.models import SentenceClassifier
 from isogrid.studies import STUDIES
 from isogrid.studies import sst2_finetuning as study
-from isogrid.studies.finetuning_methods import METHODS
+from isogrid.studies.finetuning_methods import METHODS, Setting
+from isogrid.studies.finetuning_run import FILES, inputs_with_gradient, step_flops, train_run
 from tests.data import needs
 from tests.studies import killed_program
 
@@ -78,6 +81,38 @@ def test_every_method_learns_and_accounts_for_itself(tmp_path, method):
             state = [entry for part, entry in by_part.items() if part.startswith("state: ")]
             assert sum(int(entry["measured_bytes"]) for entry in state) == row["state_bytes"]
             assert all(entry["predicted_bytes"] == entry["measured_bytes"] for entry in state)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closed_forms_count_what_a_step_multiplies(method):
+    encoder = killed_program.make_encoder()
+    model = SentenceClassifier(encoder, killed_program.WIDTH)
+    METHODS[method].begin(model, Setting(4, 0.01, 7, 0))
+    ids = torch.randint(1, killed_program.WORDS, (3, 5), generator=torch.Generator().manual_seed(0))
+    below = inputs_with_gradient(model, ids)
+    assert model.training
+    token, sentence = step_flops(model, below)
+    with FlopCounterMode(display=False) as counter:
+        model(ids).square().mean().backward()
+    counted = counter.get_flop_counts()["Global"]
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm)  # attention's own are batched
+    assert 15 * token + 3 * sentence == sum(count for operation, count in counted.items() if operation in products)
+
+
+def test_a_remembered_run_gives_its_four_files_to_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "load_pretrained", lambda _: (killed_program.make_encoder(), killed_program.tokenizer))
+    monkeypatch.setattr(study, "_data", lambda *_: (killed_program.sentences(40, 0), killed_program.sentences(16, 1)))
+    trained = []
+    monkeypatch.setattr(study, "train_run", lambda *given: trained.append(given) or train_run(*given))
+    options = {"quick": True, "methods": ["lora"], "ranks": [4], "say": lambda _: None}
+    for out in ("one", "two"):
+        study.run_sst2_finetuning(tmp_path / out, **options)
+    assert len(trained) == 1
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one" / "lora").rglob("*.csv"))
+    assert [path.name for path in files] == sorted(FILES)
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
 
 
 def test_memory_orders_the_methods(tmp_path):

@@ -7,6 +7,7 @@ from isogrid.optim.accounting import (
     predicted_activation_bytes,
     predicted_state_bytes,
     projection_flops,
+    refresh_flops,
     state_bytes,
 )
 from isogrid.optim.groups import TrainerFactory, make_optimizer, projected_groups
@@ -50,6 +51,7 @@ __all__ = [
     "projected_groups",
     "projection_flops",
     "q_galore",
+    "refresh_flops",
     "rsvd_adam",
     "state_bytes",
     "top_r",

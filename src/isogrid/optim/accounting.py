@@ -231,6 +231,29 @@ def memory_breakdown(
     return {"predicted": predicted, "measured": measured}
 
 
+def refresh_flops(optimizer: ProjectedAdamW) -> int:
+    """Multiplications and additions with gradients in all refreshes so far, of sketches and of warm power iterations.
+
+    A sketch of q columns and n rounds of power iteration is ``2 q m n (2 n + 2)``; a warm iteration ``4 m n r``. Exact
+    decompositions and random bases are no such products and count nothing.
+    """
+    total = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            done = optimizer.state[parameter].get("refreshes", 0) if parameter in optimizer.state else 0
+            if not done or group["projector"] not in ("randomized", "power"):
+                continue
+            rows = parameter.shape[0]
+            columns = parameter.numel() // rows
+            rank = as_rank_rule(group["rank"]).most(rows, columns)
+            size = min(group["sketch_factor"] * rank + group["oversample"], rows, columns)
+            sketch = 2 * size * rows * columns * (2 * group["power_steps"] + 2)
+            bases = len(sides(side_of(group, rows, columns)))
+            again = sketch if group["projector"] == "randomized" else 4 * rows * columns * rank
+            total += bases * (sketch + (done - 1) * again)
+    return total
+
+
 def projection_flops(optimizer: ProjectedAdamW) -> int:
     """Multiplications and additions of projecting and lifting in one steady step: ``4 m n r`` a matrix."""
     total = 0

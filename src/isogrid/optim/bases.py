@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from isogrid.fitting.ranks import as_rank_rule
+from isogrid.kernels.subspaces import Scalar
 from isogrid.optim.codes import decode_affine, encode_affine
-from isogrid.optim.moments import State, read, reproject, write
-from isogrid.optim.sharding import GradientMatrix, like_rows
+from isogrid.optim.moments import MOMENTS, State, read, reproject, write
+from isogrid.optim.sharding import GradientMatrix, Share
 from isogrid.optim.subspaces import drawn_from, find_basis, resolve_side, tracked_basis
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -32,9 +31,9 @@ class Work:
         side: left, right or both.
         bases: for each side of ``side``, ``(d, r)``.
         coordinates: of the gradient.
-        norm: of the coordinates that are here.
+        squared: squared norm of the coordinates that are here.
         squares: squared norms of the channels on the projected side, None where the residual rule needs none.
-        scales: what normalises the channels.
+        scales: what normalises the channels, None where the residual rule doesn't.
         lost: what a change of basis took from the momentum, as lifts to subtract from the error.
     """
 
@@ -47,9 +46,9 @@ class Work:
     side: str
     bases: dict[str, Tensor] = field(default_factory=dict)
     coordinates: Tensor = field(default_factory=lambda: torch.empty(0))
-    norm: Tensor = field(default_factory=lambda: torch.empty(0))
+    squared: Scalar = 0.0
     squares: Tensor | None = None
-    scales: Tensor = field(default_factory=lambda: torch.empty(0))
+    scales: Tensor | None = None
     lost: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
 
     @property
@@ -57,13 +56,19 @@ class Work:
         """Whether this step finds a new basis."""
         return bool(self.state["step"] >= self.state["next_refresh"])
 
-    def wrap_rows(self, values: Tensor) -> Tensor:
-        """A tensor with a row per row that is here, sharded as the parameter is."""
-        return like_rows(values, self.parameter, self.gradient.rows.total)
+    @property
+    def share(self) -> Share:
+        """Of states with a row for each of the parameter's."""
+        return Share(self.parameter, self.gradient.rows)
 
-    def wrap_moment(self, values: Tensor) -> Tensor:
-        """Moments of a right basis are sharded as the parameter's rows are."""
-        return self.wrap_rows(values) if self.side == "right" else values
+    @property
+    def moment_share(self) -> Share | None:
+        """Moments of a right basis have the parameter's rows; others are whole on every rank."""
+        return self.share if self.side == "right" else None
+
+    def moment(self, key: str) -> Tensor:
+        """A moment in the working dtype."""
+        return read(self.state, key, self.gradient.values.dtype, self.moment_share)
 
 
 def fresh_state(rows: int, columns: int, refresh: int) -> State:
@@ -145,7 +150,7 @@ def _tracked(work: Work, side: str, old: Tensor) -> Tensor:
     state, tracking = work.state, work.group["tracking"]
     momentum = None
     if tracking > 0 and "exp_avg" in state:
-        momentum = read(state, "exp_avg", old.dtype) / (1 - work.group["betas"][0] ** state["moment_step"])
+        momentum = work.moment("exp_avg") / (1 - work.group["betas"][0] ** state["moment_step"])
         if side == "right":
             momentum = work.gradient.rows.gather(momentum).mT
     return tracked_basis(work.gradient, side, old, momentum, tracking)
@@ -167,24 +172,24 @@ def _store(work: Work, bases: dict[str, Tensor]) -> None:
 
 
 def _carry_moments(work: Work, old: dict[str, Tensor]) -> None:
-    state, group, dtype = work.state, work.group, work.gradient.values.dtype
+    state, group = work.state, work.group
     if "exp_avg" not in state:
         return
     transition = group["transition"]
     resized = any(old[side].shape != work.bases[side].shape for side in old)
     if transition == "keep" and not resized:
         if group["residual"] == "error_feedback":
-            kept = read(state, "exp_avg", dtype).clone()
+            kept = work.moment("exp_avg").clone()
             work.lost = [(old, kept), (work.bases, -kept)]
         return
-    first, second = (read(state, key, dtype) for key in MOMENTS)
+    first, second = (work.moment(key) for key in MOMENTS)
     work.lost = [(old, first.clone())]  # the stored moments are overwritten in place
     if transition == "reproject":
         turns = {side: work.bases[side].mT @ old[side] for side in old}
         moved = reproject(first, second, state["moment_step"], group["betas"], turns.get("left"), turns.get("right"))
         work.lost.append((work.bases, -moved[0]))
         for key, values in zip(MOMENTS, moved, strict=True):
-            write(state, key, values, group["state"], work.wrap_moment)
+            write(state, key, values, group["state"], work.moment_share)
         return
     for key in MOMENTS:
         state.pop(key)

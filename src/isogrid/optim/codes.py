@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 BLOCK = 256
 SMALLEST = 4096
@@ -26,28 +29,71 @@ def dynamic_table(signed: bool) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float64)
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where flat values stand among all of a state, of which other ranks hold the rest.
+
+    Blocks are blocks of the whole, whoever holds it: one that lies across two ranks has one scale. The scales, a
+    sixty-fourth of the codes, are whole on every rank.
+
+    Attributes:
+        start: number of the first.
+        total: of all ranks.
+        largest: the largest over ranks of each entry.
+    """
+
+    start: int
+    total: int
+    largest: Callable[[Tensor], Tensor]
+
+
+def _blocks(flat: Tensor, place: Place | None) -> tuple[Tensor, slice]:
+    """``(blocks, 256)``, zeros where other ranks' values are, and which blocks of the whole these are."""
+    if place is None:
+        return flat.view(-1, BLOCK), slice(None)
+    before = place.start % BLOCK
+    first, filled = place.start // BLOCK, functional.pad(flat, (before, -(before + len(flat)) % BLOCK))
+    return filled.view(-1, BLOCK), slice(first, first + len(filled) // BLOCK)
+
+
 def takes_codes(count: int) -> bool:
     """Whether a state of this many numbers is stored in 8 bits: at least 4,096, in whole blocks of 256."""
     return count >= SMALLEST and count % BLOCK == 0
 
 
-def encode(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """``codes`` uint8 of the values' shape, and one float32 ``scale`` per 256 consecutive values.
+def encode(values: Tensor, signed: bool, place: Place | None = None) -> tuple[Tensor, Tensor]:
+    """``codes`` uint8 of the values' shape, and one float32 ``scale`` per 256 consecutive values of the whole.
 
     The scale is the largest magnitude of the block, at least 1e-12; a code is the nearest of 256 table values.
+
+    Args:
+        values: the whole, or one rank's part of it.
+        signed: whether values may be negative.
+        place: of a part.
     """
-    blocks = values.reshape(-1, BLOCK)
-    scale = blocks.abs().amax(1).clamp(min=1e-12).float()
+    blocks, mine = _blocks(values.reshape(-1), place)
+    scale = blocks.abs().amax(1).float()
+    if place is not None:
+        whole = scale.new_zeros(place.total // BLOCK)
+        whole[mine] = scale
+        scale = place.largest(whole)
+    scale = scale.clamp(min=1e-12)
     table = dynamic_table(signed).to(values.device)
     between = ((table[1:] + table[:-1]) / 2).to(values.dtype)
-    codes = torch.bucketize(blocks / scale.to(values.dtype)[:, None], between)
-    return codes.to(torch.uint8).view(values.shape), scale
+    codes = torch.bucketize(blocks / scale[mine].to(values.dtype)[:, None], between).to(torch.uint8).view(-1)
+    return _cut(codes, values.numel(), place).view(values.shape), scale
 
 
-def decode(codes: Tensor, scale: Tensor, signed: bool, dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, signed: bool, dtype: torch.dtype, place: Place | None = None) -> Tensor:
     """The values that `encode` stood for."""
     table = dynamic_table(signed).to(device=codes.device, dtype=dtype)
-    return (table[codes.reshape(-1, BLOCK).int()] * scale.to(dtype)[:, None]).view(codes.shape)
+    blocks, mine = _blocks(codes.reshape(-1), place)
+    values = (table[blocks.int()] * scale[mine].to(dtype)[:, None]).view(-1)
+    return _cut(values, codes.numel(), place).view(codes.shape)
+
+
+def _cut(filled: Tensor, count: int, place: Place | None) -> Tensor:
+    return filled if place is None else filled[place.start % BLOCK :][:count]
 
 
 def encode_affine(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

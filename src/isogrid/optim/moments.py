@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from isogrid.optim.codes import decode, encode, takes_codes
-from isogrid.optim.sharding import local
+from isogrid.optim.codes import Place, decode, encode, takes_codes
+from isogrid.optim.sharding import Share, local
 
 State = dict[str, Any]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 SIGNED = {"exp_avg": True, "exp_avg_sq": False, "error": True}
 
 
-def read(state: State, key: str, dtype: torch.dtype) -> Tensor:
-    """A stored tensor in the working dtype; the stored one itself where it has that dtype."""
+def _place(values: Tensor, share: Share | None) -> Place | None:
+    if share is None or share.rows.group is None:
+        return None
+    width = values.shape[1:].numel()
+    return Place(share.rows.start * width, share.rows.total * width, share.rows.largest)
+
+
+def read(state: State, key: str, dtype: torch.dtype, share: Share | None = None) -> Tensor:
+    """A stored tensor in the working dtype; the stored one itself where it has that dtype.
+
+    Args:
+        state: of one parameter.
+        key: exp_avg, exp_avg_sq, error or a basis.
+        dtype: the working dtype.
+        share: of a state whose rows are the parameter's; None where it is whole on every rank.
+    """
     values = local(state[key])
     if values.dtype == torch.uint8:
-        return decode(values, state[f"{key}_scale"], SIGNED[key], dtype)
+        return decode(values, local(state[f"{key}_scale"]), SIGNED[key], dtype, _place(values, share))
     return values if values.dtype == dtype else values.to(dtype)
 
 
@@ -28,7 +43,7 @@ def write(
     key: str,
     values: Tensor,
     precision: str,
-    wrap: Callable[[Tensor], Tensor] = lambda values: values,
+    share: Share | None = None,
 ) -> None:
     """Store values in a precision; in place where a tensor of that shape and dtype is there.
 
@@ -37,13 +52,14 @@ def write(
         key: exp_avg, exp_avg_sq or error.
         values: local values in the working dtype.
         precision: float32 (the working dtype), bfloat16 or 8bit.
-        wrap: gives a new tensor the parameter's sharding; sharded states are never stored in 8 bits.
+        share: see `read`.
     """
     held = state.get(key)
     there = None if held is None else local(held)
-    if precision == "8bit" and takes_codes(values.numel()):
-        codes, scale = encode(values, SIGNED[key])
-        state[key], state[f"{key}_scale"] = codes, scale
+    place = _place(values, share)
+    if precision == "8bit" and takes_codes(values.numel() if place is None else place.total):
+        codes, scale = encode(values, SIGNED[key], place)
+        state[key], state[f"{key}_scale"] = codes if share is None else share.wrap(codes), scale
         return
     state.pop(f"{key}_scale", None)
     dtype = torch.bfloat16 if precision == "bfloat16" else values.dtype
@@ -51,7 +67,8 @@ def write(
         if there.data_ptr() != values.data_ptr():
             there.copy_(values)
         return
-    state[key] = wrap(values.to(dtype))
+    stored = values.to(dtype)
+    state[key] = stored if share is None else share.wrap(stored)
 
 
 def adam_directions(
@@ -63,7 +80,7 @@ def adam_directions(
     eps: float,
     style: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Update moments in place and return ``m / (sqrt(v) + e)``, and the denominators.
+    """Update moments in place and return ``m / (sqrt(v) + e)``, and the denominators, few launches for many tensors.
 
     Tensors of one list may differ in shape.
 
@@ -85,8 +102,13 @@ def adam_directions(
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
     roots = torch._foreach_sqrt(second)
-    torch._foreach_add_(roots, [eps * (1 - beta2**step) ** 0.5 if style == "torch" else eps for step in steps])
+    torch._foreach_add_(roots, [eps_of(eps, step, betas, style) for step in steps])
     return list(torch._foreach_div(first, roots)), list(roots)
+
+
+def eps_of(eps: float, step: int, betas: tuple[float, float], style: str) -> float:
+    """What is added to the root of the uncorrected second moment."""
+    return float(eps * (1 - betas[1] ** step) ** 0.5) if style == "torch" else eps
 
 
 def step_size(lr: float, step: int, betas: tuple[float, float], correct_bias: bool) -> float:

@@ -358,10 +358,6 @@ def _require_usable(name: str, group: dict[str, Any], parameter: Tensor) -> None
             f"{name}: its gradient is sparse ({gradient.layout}); use sparse=False in the embedding, "
             "or torch.optim.SparseAdam for it"
         )
-    if group["state"] == "8bit" and is_sharded(parameter):
-        raise IsogridError(f"{name} is sharded, which state '8bit' can't be; use state='bfloat16'")
-    if group["projector"] == "top" and is_sharded(parameter):
-        raise IsogridError(f"{name} is sharded; the projector 'top' ranks the entries of whole gradients: use DDP")
     if group["adaptive"] is not None and group["projector"] == "identity":
         raise IsogridError(f"{name}: the projector 'identity' never changes; leave adaptive out")
 

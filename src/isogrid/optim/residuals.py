@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from isogrid.kernels.subspaces import Scalar, channel_squares
 from isogrid.optim.moments import State
 from isogrid.optim.sharding import GradientMatrix, local
 
 TINY = 1e-8
-# Numbers in a block that stays in a core's cache.
-CACHED = 2**17
 
 
 @dataclass
@@ -32,10 +31,10 @@ class Update:
     factor: Tensor | None = None
 
 
-def limited(norm: Tensor, state: State, growth: float | None) -> Tensor:
+def limited(norm: Tensor, state: State, growth: float | None) -> Scalar:
     """What a residual of this norm is divided by so that it grows at most by a factor a step (Fira, section 3.3)."""
     if growth is None:
-        return torch.ones_like(norm)
+        return 1.0
     before = state.get("residual_norm")
     divisor = torch.ones_like(norm) if before is None else (norm / (before + TINY)).clamp(min=growth) / growth
     state["residual_norm"] = norm / divisor
@@ -140,9 +139,9 @@ def channel_scales(squares: Tensor, count: int, state: State, beta2: float, eps:
 
 def normalized(
     scales: Tensor,
-    outer: Tensor,
-    inner: Tensor,
-    damping: Tensor,
+    outer: Scalar,
+    inner: Scalar,
+    damping: Scalar,
     coordinates: Tensor,
     direction: Tensor,
     state: State,
@@ -163,26 +162,23 @@ def normalized(
         inner: ``‖R‖²``.
         damping: f.
         coordinates: R of G'.
-        direction: Adam's direction N over ``gain``.
+        direction: Adam's direction N over ``gain``; overwritten.
         state: holds the norm of the last step.
         gain: bias correction that the step size brings.
         scale: α.
         growth: the limiter's γ; None leaves it out.
     """
-    norm = (outer - inner).clamp(min=0).sqrt() * damping
-    factor = damping / limited(norm, state, growth) / gain
-    kept = direction if scale == 1 else scale * direction
-    return Update(torch.addcmul(kept, coordinates, factor, value=-1), factor * scales)
+    factor = damping / gain
+    if growth is not None:
+        norm = torch.as_tensor(outer - inner, dtype=scales.dtype, device=scales.device).clamp(min=0).sqrt() * damping
+        factor = factor / limited(norm, state, growth)
+    kept = direction if scale == 1 else direction.mul_(scale)
+    if isinstance(factor, Tensor):
+        return Update(kept.addcmul_(coordinates, factor, value=-1), factor * scales)
+    return Update(kept.add_(coordinates, alpha=-factor), factor * scales)
 
 
 def squared_norms(gradient: GradientMatrix, dim: int) -> Tensor:
     """Squared norms of the columns (dim 0, whole on every rank) or of the rows that are here (dim 1)."""
-    values = gradient.values
-    if dim == 1 or values.is_cuda:
-        norms = torch.linalg.vector_norm(values, dim=dim, keepdim=True).square()
-        return gradient.rows.sum(norms) if dim == 0 else norms
-    # Down the columns torch's norm is slow on a CPU: squares are summed block by block, each within the cache.
-    norms = values.new_zeros(1, values.shape[1])
-    for block in values.split(max(1, CACHED // max(values.shape[1], 1))):
-        norms += block.square().sum(0)
-    return gradient.rows.sum(norms)
+    squares = channel_squares(gradient.values, dim == 1)
+    return gradient.rows.sum(squares) if dim == 0 else squares

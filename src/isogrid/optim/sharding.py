@@ -43,6 +43,12 @@ class Rows:
             torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest over ranks of each entry."""
+        if self.group is not None:
+            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, group=self.group)
+        return tensor
+
     def gather(self, tensor: Tensor) -> Tensor:
         """``(total, q)`` from each rank's rows; blocks may differ in height, so they are summed into zeros."""
         if self.group is None:
@@ -92,32 +98,30 @@ def rows_of(parameter: Tensor, name: str) -> Rows:
     return Rows(total, start, start + shape[0], mesh.get_group(sharded[0]))
 
 
-def like_rows(values: Tensor, parameter: Tensor, total: int) -> Tensor:
-    """``values (rows here, q)`` as a DTensor ``(total, q)``, sharded as the parameter is; itself if that isn't."""
-    if not is_sharded(parameter):
-        return values
-    return DTensor.from_local(
-        values,
-        parameter.device_mesh,  # type: ignore[attr-defined]
-        parameter.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=torch.Size((total, *values.shape[1:])),
-        stride=values.stride(),
-    )
+@dataclass(frozen=True)
+class Share:
+    """How a state with a row for each row of a parameter lies on the ranks: as the parameter does.
 
+    Attributes:
+        parameter: the parameter.
+        rows: those that are here.
+    """
 
-def like_parameter(values: Tensor, parameter: Tensor) -> Tensor:
-    """Local values of the parameter's shape as a DTensor of the parameter's placement; itself if that is none."""
-    if not is_sharded(parameter):
-        return values
-    return DTensor.from_local(
-        values,
-        parameter.device_mesh,  # type: ignore[attr-defined]
-        parameter.placements,  # type: ignore[attr-defined]
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    parameter: Tensor
+    rows: Rows
+
+    def wrap(self, values: Tensor) -> Tensor:
+        """``values (rows here, ...)`` as a DTensor of all rows, placed as the parameter; itself if that is none."""
+        if not is_sharded(self.parameter):
+            return values
+        return DTensor.from_local(
+            values,
+            self.parameter.device_mesh,  # type: ignore[attr-defined]
+            self.parameter.placements,  # type: ignore[attr-defined]
+            run_check=False,
+            shape=torch.Size((self.rows.total, *values.shape[1:])) if values.ndim else values.shape,
+            stride=values.stride(),
+        )
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from isogrid.optim.bases import MOMENTS, Work, load_bases, refresh
+from isogrid.kernels.subspaces import Scalar, coordinates, lift_, moments_, scalar, squared_norm, takes
+from isogrid.optim.bases import Work, load_bases, refresh
 from isogrid.optim.codes import round_stochastically
-from isogrid.optim.moments import adam_directions, read, step_size, write
+from isogrid.optim.moments import MOMENTS, adam_directions, eps_of, read, step_size, write
 from isogrid.optim.residuals import TINY, Update, apollo, channel_scales, fira, normalized, squared_norms
-from isogrid.optim.sharding import GradientMatrix, like_parameter, local, overall_norm
-from isogrid.optim.subspaces import drawn_from, project
+from isogrid.optim.sharding import GradientMatrix, local, overall_norm
+from isogrid.optim.subspaces import drawn_from
 
 
 def step_projected(bucket: Sequence[Work]) -> None:
@@ -25,33 +27,26 @@ def step_projected(bucket: Sequence[Work]) -> None:
             continue
         if work.due:
             gradient = work.gradient
-            if work.squares is not None:
+            if work.scales is not None:
                 work.gradient = GradientMatrix(gradient.values * work.scales, gradient.rows)
             refresh(work)
             work.gradient = gradient
         else:
             work.bases = load_bases(work)
-        work.coordinates = _project(work)
+        _project(work)
         alive.append(work)
     # A product with every column of the gradient shows any entry that isn't finite: no pass of its own.
-    if alive:
-        for work in alive:
-            work.norm = overall_norm(work.coordinates)
-        # Summed into a copy: a norm over the rows that are here is needed again.
-        norms = [work.gradient.rows.sum(work.norm.clone()) for work in alive]
-        healthy = [
-            math.isfinite(norm) for norm in (torch.stack(norms).tolist() if len(norms) > 1 else [float(norms[0])])
-        ]
-        for work, fine in zip(alive, healthy, strict=True):
-            work.state["skipped"] += not fine
-        alive = [work for work, fine in zip(alive, healthy, strict=True) if fine]
+    healthy = _finite(alive)
+    for work, fine in zip(alive, healthy, strict=True):
+        work.state["skipped"] += not fine
+    alive = [work for work, fine in zip(alive, healthy, strict=True) if fine]
     if not alive:
         return
     for work in alive:
         work.state["step"] += 1
         work.state["moment_step"] += 1
-    for work, (direction, roots) in zip(alive, _directions(alive), strict=True):
-        update = _update(work, direction, roots)
+    for work, direction in zip(alive, _directions(alive), strict=True):
+        update = _update(work, direction)
         _keep_error(work)
         _apply(work, update)
 
@@ -67,7 +62,7 @@ def _prepare(work: Work) -> bool:
             return False
         if "channel_sq" not in work.state:
             zeros = torch.zeros_like(work.squares)
-            work.state["channel_sq"] = work.wrap_rows(zeros) if work.side == "left" else zeros
+            work.state["channel_sq"] = work.share.wrap(zeros) if work.side == "left" else zeros
         beta2, eps = work.group["betas"][1], work.group["eps"]
         work.scales = channel_scales(work.squares, gradient.shape[dim], work.state, beta2, eps)
         return True
@@ -78,16 +73,36 @@ def _prepare(work: Work) -> bool:
     return True
 
 
-def _project(work: Work) -> Tensor:
+def _project(work: Work) -> None:
+    """Coordinates of the gradient, and the sum of their squares."""
     gradient, rows, bases = work.gradient, work.gradient.rows, work.bases
-    if work.side == "both":
-        return project(gradient, bases["left"], "left") @ bases["right"]
-    if work.squares is None:
-        return project(gradient, bases[work.side], work.side)
-    # The scales go into the thin basis, not into the gradient.
-    if work.side == "left":
-        return rows.sum((rows.part(bases["left"]) * work.scales).mT @ gradient.values)
-    return gradient.values @ (bases["right"] * work.scales.mT)
+    if work.side == "right":
+        found, squared = coordinates(gradient.values, bases["right"], False, work.scales)
+    else:
+        found, squared = coordinates(gradient.values, rows.part(bases["left"]), True, work.scales)
+        if rows.group is not None:
+            found = rows.sum(found)
+            squared = squared_norm(found)
+        if work.side == "both":
+            found = found @ bases["right"]
+    work.coordinates, work.squared = found, squared
+
+
+def _finite(works: Sequence[Work]) -> list[bool]:
+    """Whether coordinates are finite, on all ranks; one look at a GPU for all."""
+    squares = [_over_rows(work, work.squared) for work in works]
+    waited = [square for square in squares if isinstance(square, Tensor)]
+    known = iter(torch.stack(waited).tolist() if waited else [])
+    return [math.isfinite(next(known) if isinstance(square, Tensor) else square) for square in squares]
+
+
+def _over_rows(work: Work, part: Scalar) -> Scalar:
+    """The sum over ranks of a number that each has for its rows, where coordinates are sharded as the rows are."""
+    rows = work.gradient.rows
+    if work.side != "right" or rows.group is None:
+        return part
+    values = work.gradient.values
+    return scalar(rows.sum(torch.as_tensor(part, dtype=values.dtype, device=values.device).clone()))
 
 
 def _lift(work: Work, bases: dict[str, Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,48 +115,61 @@ def _lift(work: Work, bases: dict[str, Tensor], coordinates: Tensor) -> tuple[Te
     return rows.part(bases["left"]), coordinates @ bases["right"].mT
 
 
-def _directions(works: Sequence[Work]) -> list[tuple[Tensor, Tensor]]:
-    """Adam's direction in each subspace, and its denominators."""
+@dataclass
+class Direction:
+    """Adam's direction in a subspace.
+
+    Attributes:
+        values: the direction, over the bias correction that the step size brings.
+        slow: its squared norm; of the part that is here.
+        fast: that of the direction without momentum.
+    """
+
+    values: Tensor
+    slow: Scalar = 0.0
+    fast: Scalar = 0.0
+
+
+def _directions(works: Sequence[Work]) -> list[Direction]:
     group = works[0].group
     if group["core"] == "sgd":
-        return [(work.coordinates, work.coordinates) for work in works]
-    moments: list[list[Tensor]] = []
-    for key in MOMENTS:
-        held = []
-        for work in works:
-            found = key in work.state
-            held.append(read(work.state, key, work.coordinates.dtype) if found else torch.zeros_like(work.coordinates))
-        moments.append(held)
-    steps = [work.state["moment_step"] for work in works]
-    found_directions, roots = adam_directions(
-        [work.coordinates for work in works],
-        moments[0],
-        moments[1],
-        steps,
-        group["betas"],
-        group["eps"],
-        group["style"],
-    )
-    for key, held in zip(MOMENTS, moments, strict=True):
-        for work, values in zip(works, held, strict=True):
-            write(work.state, key, values, group["state"], work.wrap_moment)
-    return list(zip(found_directions, roots, strict=True))
+        return [Direction(work.coordinates) for work in works]
+    first, second = ([_moment(work, key) for work in works] for key in MOMENTS)
+    betas, eps, style = group["betas"], group["eps"], group["style"]
+    steps, taken = [work.state["moment_step"] for work in works], [work.coordinates for work in works]
+    found = []
+    if len(works) > 1 and not takes(*taken):
+        for given, values, roots in zip(
+            taken, *adam_directions(taken, first, second, steps, betas, eps, style), strict=True
+        ):
+            bare = given / roots if group["residual"] == "normalized" else values
+            found.append(Direction(values, squared_norm(values), squared_norm(bare)))
+    else:
+        for given, step, mean, square in zip(taken, steps, first, second, strict=True):
+            found.append(Direction(*moments_(given, mean, square, betas, eps_of(eps, step, betas, style))))
+    for work, *moments in zip(works, first, second, strict=True):
+        for key, values in zip(MOMENTS, moments, strict=True):
+            write(work.state, key, values, group["state"], work.moment_share)
+    return found
 
 
-def _update(work: Work, direction: Tensor, roots: Tensor) -> Update:
-    group, residual = work.group, work.group["residual"]
+def _moment(work: Work, key: str) -> Tensor:
+    return work.moment(key) if key in work.state else torch.zeros_like(work.coordinates)
+
+
+def _update(work: Work, found: Direction) -> Update:
+    group, residual, direction = work.group, work.group["residual"], found.values
     if residual == "normalized":
         step, (beta1, beta2) = work.state["moment_step"], group["betas"]
-        bare = torch.div(work.coordinates, roots, out=roots)  # the direction without momentum
-        sums = torch.stack([work.norm, overall_norm(direction), overall_norm(bare)]).square()
-        inner, slow, fast = (work.gradient.rows.sum(sums) if work.side == "right" else sums).unbind()
+        inner, slow, fast = (_over_rows(work, part) for part in (work.squared, found.slow, found.fast))
         assert work.squares is not None
+        assert work.scales is not None
         outer = (work.scales.square() * work.squares).sum()
         return normalized(
             work.scales,
-            work.gradient.rows.sum(outer) if work.side == "left" else outer,
+            scalar(work.gradient.rows.sum(outer) if work.side == "left" else outer),
             inner,
-            (slow.sqrt() / (fast.sqrt() + TINY)) / (1 - beta1**step),
+            (slow**0.5 / (fast**0.5 + TINY)) / (1 - beta1**step),
             work.coordinates,
             direction,
             work.state,
@@ -179,7 +207,8 @@ def _add_error(work: Work) -> None:
     """Put the error that was carried along into the gradient."""
     if work.group["residual"] == "error_feedback":
         values = work.gradient.values
-        carried = read(work.state, "error", values.dtype) if "error" in work.state else torch.zeros_like(values)
+        held = "error" in work.state
+        carried = read(work.state, "error", values.dtype, work.share) if held else torch.zeros_like(values)
         work.gradient = GradientMatrix(carried.view_as(values).add_(values), work.gradient.rows)
 
 
@@ -193,10 +222,7 @@ def _keep_error(work: Work) -> None:
     for bases, momentum in work.lost:
         error.addmm_(*_lift(work, bases, momentum), alpha=beta1 / (1 - beta1))
 
-    def wrap(values: Tensor) -> Tensor:
-        return like_parameter(values, work.parameter)
-
-    write(work.state, "error", error.view(local(work.parameter).shape), work.group["state"], wrap)
+    write(work.state, "error", error.view(local(work.parameter).shape), work.group["state"], work.share)
 
 
 def _apply(work: Work, update: Update) -> None:
@@ -211,14 +237,16 @@ def _apply(work: Work, update: Update) -> None:
     matrix = weight if exact else weight.to(gradient.dtype)
     if matrix.ndim != 2:
         matrix = matrix.reshape(gradient.shape)
-    if update.coordinates is not None:
-        matrix.addmm_(*_lift(work, work.bases, update.coordinates), beta=before, alpha=-size)
-    elif before != 1:
-        matrix.mul_(before)
-    if update.factor is not None:
+    if update.coordinates is None:
+        assert update.factor is not None
+        if before != 1:
+            matrix.mul_(before)
         matrix.addcmul_(gradient, update.factor, value=-size)
-    if after != 1:
-        matrix.mul_(after)
+        if after != 1:
+            matrix.mul_(after)
+    else:
+        left, right = _lift(work, work.bases, update.coordinates)
+        lift_(matrix, left, right, size=size, gradient=gradient, factor=update.factor, before=before, after=after)
     if not exact:
         stepped = matrix.view(weight.shape)
         if group["stochastic_rounding"] and weight.dtype == torch.bfloat16:

@@ -128,7 +128,7 @@ def find_basis(
         return torch.eye(length, rank, dtype=like.dtype, device=like.device)
     if projector in ("random", "random_orthonormal"):
         drawn = torch.randn(length, rank, generator=generator(), dtype=like.dtype).to(like.device)
-        return drawn / rank**0.5 if projector == "random" else torch.linalg.qr(drawn).Q
+        return drawn / rank**0.5 if projector == "random" else torch.linalg.qr(drawn).Q.contiguous()
     for attempt in range(3):
         tried = gradient
         if attempt:
@@ -194,5 +194,5 @@ def tracked_basis(
     else:
         inner = tracking * (momentum.mT @ (basis.mT @ basis)) + (1 - tracking) * transposed_times(basis)
         image = tracking * (basis @ (momentum @ inner)) + (1 - tracking) * times(inner)
-    found = torch.linalg.qr(image).Q
+    found = torch.linalg.qr(image).Q.contiguous()  # LAPACK's are turned, which native products don't take
     return torch.where(image.abs().amax() > 0, found, basis)

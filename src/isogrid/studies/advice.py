@@ -10,9 +10,8 @@ from typing import Any
 
 from isogrid.compress import Advisor, Effort, Recipe, compress
 from isogrid.evaluation import perplexity
-from isogrid.report import describe_machine, replace_file, today, write_json
 from isogrid.studies.quality_ladder import ANCHOR, Subject, stories_subject
-from isogrid.studies.rows import Say, gap, remembered
+from isogrid.studies.rows import Say, gap, heading, remembered, table_page, write_table
 
 KEEPS = (0.8, 0.6)
 
@@ -47,21 +46,8 @@ def run_advice(
     for keep in KEEPS:
         make = partial(_rows_at, subject, keep, dense, seed, say)
         rows += remembered(Path("runs/study/advice"), f"keep-{keep:g}", settings, make)["rows"]
-    from isogrid import __version__
-
-    result = {
-        "title": f"Advice for {subject.name}: predicted and achieved",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
-        "rows": rows,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
-    return result
+    result = {**heading(f"Advice for {subject.name}: predicted and achieved", command, settings), "rows": rows}
+    return write_table(result, _markdown(result), out)
 
 
 def _rows_at(subject: Subject, keep: float, dense: float, seed: int, say: Say) -> dict[str, Any]:
@@ -100,10 +86,6 @@ def _followed(subject: Subject, keep: float, recipe: Recipe, dense: float, seed:
 
 def _markdown(result: Mapping[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
-        f"`{result['command']}` · {result['machine']['cpu']} · torch {result['machine']['torch']}",
-        "",
         "| recipe | keep | parameters | predicted | bytes | predicted | gap | predicted | predicted / achieved |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -113,9 +95,5 @@ def _markdown(result: Mapping[str, Any]) -> str:
             f"{row['bytes']} | {row['predicted_bytes']} | {row['gap']:.3f} | {row['predicted_gap']:.3f} | "
             f"{row['ratio']:.2f} |"
         )
-    lines += [
-        "",
-        "Gaps in nats a token over the dense model, on windows that neither the fits nor the predictions know.",
-        "",
-    ]
-    return "\n".join(lines)
+    words = "Gaps in nats a token over the dense model, on windows that neither the fits nor the predictions know."
+    return table_page(result, lines, words)

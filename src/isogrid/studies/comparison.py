@@ -31,8 +31,8 @@ from isogrid.errors import IsogridError
 from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
 from isogrid.formats import Budget, Format, as_format
 from isogrid.linear import linear_matrix
-from isogrid.report import describe_machine, format_keep, read_json, today, write_report
-from isogrid.studies.rows import Say, gap, remembered
+from isogrid.report import format_keep, read_json, write_report
+from isogrid.studies.rows import Say, gap, heading, remembered
 from isogrid.studies.subjects import Yardstick, figure_of
 
 STEP_KEYS = ("format", "keep", "bytes", "anchor", "allocate", "solver", "refine", "distill")
@@ -200,15 +200,9 @@ def run_comparison(
         rows.append(remembered(runs, method.label.replace("/", "_"), described, partial(row, method)))
         last = rows[-1]
         say(f"{method.label}: {last['bytes'] / 1e6:.4g} MB, {figure} {last['quality']:.4g}, {last['seconds']:.0f} s")
-    from isogrid import __version__
-
+    title = f"Methods on {name} at {format_keep(keep)} of the {'bytes' if in_bytes else 'parameters'}"
     result = {
-        "title": f"Methods on {name} at {format_keep(keep)} of the {'bytes' if in_bytes else 'parameters'}",
-        "command": command,
-        "model": name,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(title, command, settings, model=name),
         "quality": {"name": figure, "better": better},
         "size": "bytes",
         "dense": dense,

@@ -16,8 +16,8 @@ from isogrid.checkpoint import save
 from isogrid.compress import Moments, collect_moments, compress, dense_parameters, select_layers, stored_bytes
 from isogrid.data import DatasetNotFoundError, load_pretrained, load_text, token_windows
 from isogrid.evaluation import interleaved_medians, peak_memory_bytes, perplexity
-from isogrid.report import describe_machine, format_bytes, format_duration, progress, today, write_json, write_report
-from isogrid.studies.rows import Say, gap, remembered, row_of
+from isogrid.report import format_bytes, format_duration, progress, write_json, write_report
+from isogrid.studies.rows import Say, gap, heading, remembered, row_of
 
 MODEL = "smollm2-135m"
 LENGTH = 512
@@ -155,15 +155,8 @@ def run_demo(
     for row in rows:  # each ratio was measured against a dense run of its own: one scale for the table
         row["latency_ms"] = dense["latency_ms"] / row["latency_ratio"]
     dense["latency_ratio"] = 1.0
-    from isogrid import __version__
-
     result = {
-        "title": "SmolLM2-135M in structured formats",
-        "command": command,
-        "model": f"{MODEL} (SmolLM2-135M-Instruct)",
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading("SmolLM2-135M in structured formats", command, settings, model=f"{MODEL} (SmolLM2-135M-Instruct)"),
         "quality": {"name": "perplexity", "better": "lower"},
         "dense": dense,
         "rows": rows,

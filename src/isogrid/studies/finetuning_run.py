@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.nn import functional
 
 from isogrid.data import LabelledTexts
 from isogrid.evaluation import peak_memory_bytes
-from isogrid.models import SentenceClassifier
-from isogrid.optim import ProjectedAdamW, memory_breakdown, projection_flops
+from isogrid.models import LoRALinear, SentenceClassifier
+from isogrid.optim import ProjectedAdamW, memory_breakdown, projection_flops, refresh_flops
 from isogrid.report import write_csv
 from isogrid.studies.finetuning_methods import METHODS, Setting
-from isogrid.training.factored import trainable
+from isogrid.training.factored import FactoredLinear, trainable
+
+FILES = ("epoch_loss.csv", "epoch_peak_memory.csv", "flops.csv", "memory_breakdown.csv")
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,61 @@ def evaluate(model: nn.Module, data: LabelledTexts, tokenizer: Any, plan: Plan) 
     return loss / len(data), right / len(data)
 
 
-def encoder_flops(encoder: nn.Module, tokens: int) -> int:
-    """Multiplications and additions of the encoder's linear layers in one forward pass."""
-    return sum(
-        2 * tokens * layer.in_features * layer.out_features
-        for layer in encoder.modules()
-        if isinstance(layer, nn.Linear)
-    )
+def inputs_with_gradient(model: nn.Module, ids: Tensor) -> frozenset[str]:
+    """Names of the layers whose inputs take a gradient: all but the first ones of a model that is frozen below."""
+    found = set()
+
+    def look(module: nn.Module, given: tuple[Any, ...], name: str) -> None:
+        if given and isinstance(given[0], Tensor) and given[0].requires_grad:
+            found.add(name)
+
+    handles = [module.register_forward_pre_hook(partial(look, name=name)) for name, module in model.named_modules()]
+    training = model.training
+    try:
+        model.eval()(ids)  # without dropout, which would draw
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return frozenset(found)
+
+
+def step_flops(model: nn.Module, below: frozenset[str]) -> tuple[int, int]:
+    """Multiplications and additions of forward and backward pass: (for a token of the encoder, for a sentence).
+
+    Closed form over the linear layers: a product of ``in`` and ``out`` features costs ``2 in out`` forward, as much for
+    its input's gradient where that is needed, as much for its weight's where that trains. Attention's own products and
+    what is elementwise are left out, as the source's profiler leaves out the first.
+
+    Args:
+        model: with an ``encoder`` and a head.
+        below: what `inputs_with_gradient` gave.
+    """
+    token, sentence = 0, 0
+    for name, module in model.named_modules():
+        # (in, out, whether the weight trains, whether the input takes a gradient)
+        products: list[tuple[int, int, bool, bool]] = []
+        if isinstance(module, nn.Linear):
+            needs = module.weight.requires_grad
+            products = [(module.in_features, module.out_features, needs, name in below)]
+        elif isinstance(module, FactoredLinear):
+            thin = module.right.requires_grad or name in below or module.scale.requires_grad
+            products = [
+                (module.in_features, module.rank, module.right.requires_grad, name in below),
+                (module.rank, module.out_features, module.left.requires_grad, thin),
+            ]
+        elif isinstance(module, LoRALinear):  # its frozen layer is a module of its own
+            rank = module.down.shape[0]
+            products = [
+                (module.base.in_features, rank, True, name in below),
+                (rank, module.base.out_features, True, True),
+            ]
+        cost = sum(2 * i * o * (1 + trains + needs) for i, o, trains, needs in products)
+        if name.startswith("encoder."):
+            token += cost
+        else:
+            sentence += cost
+    return token, sentence
 
 
 def train_run(
@@ -125,12 +176,15 @@ def train_run(
     encoder = make_encoder()
     generator = torch.Generator().manual_seed(seed)
     model = SentenceClassifier(encoder, encoder.config.hidden_size, generator=generator)
-    dense_flops = encoder_flops(encoder, 1)
+    first, _ = encoded(train.texts[:1], tokenizer, plan.length)
+    dense = step_flops(model, inputs_with_gradient(model, first))
     made = METHODS[method]
     optimizer = made.begin(model, setting)
+    below = inputs_with_gradient(model, first)
     model.train()
     begun = time.perf_counter()
-    progress: dict[str, Any] = {"epoch": 0, "batch": 0, "step": 0, "loss": 0.0, "seen": 0, "tokens": 0, "seconds": 0.0}
+    progress: dict[str, Any] = dict.fromkeys(("epoch", "batch", "step", "seen", "tokens", "sentences", "flops"), 0)
+    progress |= {"loss": 0.0, "seconds": 0.0}
     epochs: list[dict[str, Any]] = []
     torch.manual_seed(seed)
     checkpoint = folder / "checkpoint.pt"
@@ -149,7 +203,10 @@ def train_run(
             progress["batch"] += 1
             progress["loss"] += float(loss.detach()) * len(labels)
             progress["seen"] += len(labels)
+            token, sentence = step_flops(model, below)  # factors may have shrunk
+            progress["flops"] += token * ids.numel() + sentence * len(labels)
             progress["tokens"] += ids.numel()
+            progress["sentences"] += len(labels)
             made.after_step(model, optimizer, setting, progress["step"])
             if plan.checkpoint_every and progress["step"] % plan.checkpoint_every == 0:
                 kept = progress | {"peaks": peaks, "seconds": progress["seconds"] + time.perf_counter() - begun}
@@ -170,27 +227,12 @@ def train_run(
     parts = memory_breakdown(model, optimizer, {"input_ids": ids}, lambda out: out.square().mean())
     measured = parts["measured"]
     total = sum(count for part, count in measured.items() if part not in ("of which factors", "saved for backward"))
-    projection = projection_flops(optimizer) * progress["step"] if isinstance(optimizer, ProjectedAdamW) else 0
-    flops = {
-        "steps": progress["step"],
-        "tokens": progress["tokens"],
-        "dense_step_flops_per_token": 3 * dense_flops,
-        "projection_flops": projection,
-        "dense_training_flops": 3 * dense_flops * progress["tokens"],
-    }
-    write_csv(epochs, folder / "epoch_loss.csv")
-    write_csv([{**row, "accounted_bytes": total} for row in peaks], folder / "epoch_peak_memory.csv")
-    write_csv([flops], folder / "flops.csv")
-    write_csv(
-        [
-            {"part": part, "predicted_bytes": parts["predicted"].get(part), "measured_bytes": measured[part]}
-            for part in measured
-        ],
-        folder / "memory_breakdown.csv",
-    )
-    checkpoint.unlink(missing_ok=True)
+    projection = refreshing = 0
+    if isinstance(optimizer, ProjectedAdamW):
+        projection, refreshing = projection_flops(optimizer) * progress["step"], refresh_flops(optimizer)
+    token, sentence = dense
     best = min(epochs, key=lambda row: row["eval_loss"])
-    return {
+    row = {
         **described,
         "label": made.label,
         "trainable": sum(parameter.numel() for _, parameter in trainable(model)),
@@ -202,9 +244,39 @@ def train_run(
         "state_bytes": sum(count for part, count in measured.items() if part.startswith("state: ")),
         "accounted_bytes": total,
         "memory": measured,
+        "predicted_memory": parts["predicted"],
+        "peaks": [{**peak, "accounted_bytes": total} for peak in peaks],
+        "flops": {
+            "steps": progress["step"],
+            "tokens": progress["tokens"],
+            "sentences": progress["sentences"],
+            "training_flops": progress["flops"],
+            "projection_flops": projection,
+            "refresh_flops": refreshing,
+            "total_flops": progress["flops"] + projection + refreshing,
+            "dense_training_flops": token * progress["tokens"] + sentence * progress["sentences"],
+        },
         "seconds": seconds,
         "epochs": epochs,
     }
+    write_files(row, folder)
+    checkpoint.unlink(missing_ok=True)
+    return row
+
+
+def write_files(row: Mapping[str, Any], folder: Path) -> None:
+    """The four csv files of a run, from its row."""
+    write_csv(row["epochs"], folder / "epoch_loss.csv")
+    write_csv(row["peaks"], folder / "epoch_peak_memory.csv")
+    write_csv([row["flops"]], folder / "flops.csv")
+    predicted = row["predicted_memory"]
+    write_csv(
+        [
+            {"part": part, "predicted_bytes": predicted.get(part), "measured_bytes": count}
+            for part, count in row["memory"].items()
+        ],
+        folder / "memory_breakdown.csv",
+    )
 
 
 def _save(

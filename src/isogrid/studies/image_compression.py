@@ -18,8 +18,8 @@ from torch import Tensor
 from isogrid.data import DatasetNotFoundError, open_photographs
 from isogrid.errors import BudgetError
 from isogrid.formats import Blast, BlockDiagonal, Budget, Format, Monarch, registered
-from isogrid.report import describe_machine, format_duration, picture_sheet, progress, save_figure, today, write_report
-from isogrid.studies.rows import Say, remembered
+from isogrid.report import format_duration, picture_sheet, progress, save_figure, write_report
+from isogrid.studies.rows import Say, heading, remembered
 
 KEEPS = (0.05, 0.1, 0.2)
 SHEET_KEEP = 0.1
@@ -117,8 +117,6 @@ def run_image_compression(
                     step(name)
                 rows.append(row)
                 say(f"{name} at {keep:g}: {row['quality']:.2f} dB, {format_duration(row['seconds'])}")
-    from isogrid import __version__
-
     first, picture = next(iter(pictures.items()))
     sheet = [("original", picture)]
     for name, fmt in formats.items():
@@ -129,11 +127,7 @@ def run_image_compression(
         share, ratio = used / picture.numel(), psnr(picture, approximation)
         sheet.append((f"{name.replace('_', ' ')}, {100 * share:.1f} %, {ratio:.1f} dB", approximation))
     result = {
-        "title": "Photographs in structured formats",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading("Photographs in structured formats", command, settings),
         "quality": {"name": "PSNR (dB)", "better": "higher"},
         "dense": {
             "label": "Original",

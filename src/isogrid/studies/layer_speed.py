@@ -30,9 +30,9 @@ from isogrid.evaluation import (
 from isogrid.formats import Budget, Format, as_format
 from isogrid.kernels import native
 from isogrid.linear import StructuredLinear, products
-from isogrid.report import describe_machine, format_duration, replace_file, save_figure, today, write_json
+from isogrid.report import format_duration, save_figure
 from isogrid.studies.layer_tables import heat_map, markdown, summaries
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered, write_table
 
 # Formats by the share they keep; a Monarch of half the dense size has 4 blocks, a smaller one 16.
 FORMATS = {
@@ -105,22 +105,13 @@ def run_layer_speed(
             say(_line(rows[-1]))
     finally:
         torch.set_num_threads(before)
-    from isogrid import __version__
-
     result = {
-        "title": "Speed of structured layers",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading("Speed of structured layers", command, settings),
         "summaries": summaries(rows),
         "slower": [row["label"] for row in slower(rows)],
         "rows": rows,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", markdown(result, slower(rows)).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
+    write_table(result, markdown(result, slower(rows)), out)
     save_figure(heat_map([row for row in rows if row["threads"] == min(threads)]), out / "efficiency.png")
     return result
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from isogrid.studies.rows import table_page
+
 Row = Mapping[str, Any]
 
 
@@ -65,22 +67,11 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def markdown(result: Mapping[str, Any], slower: Sequence[Row]) -> str:
     """The page: summaries, what is slower than dense, and every point."""
-    machine, settings, rows = result["machine"], result["settings"], result["rows"]
+    rows = result["rows"]
     automatic = [row for row in rows if row["auto"] is not None]
     worst = max(automatic, key=lambda row: row["auto"]["lower"], default=None)
-    threads = ", ".join(str(count) for count in dict.fromkeys(row["threads"] for row in rows))
     lines = [
-        f"# {result['title']}",
-        "",
-        f"`{result['command']}` · {machine['cpu']} · {threads} threads · torch {machine['torch']} · "
-        f"{settings['repeats']} interleaved repeats",
-        "",
         *table(result["summaries"]),
-        "",
-        "Geometric means over judged points (ideal time of 50 µs and more). Efficiency: speedup over dense divided by "
-        "the ratio of operations, at one row of bytes. Over published, einsum, portable: their time by ours. Peak "
-        "memory: the most bytes that forward and backward held at once, gradients, intermediates and working room "
-        "included, over the dense layer's.",
         "",
         "## Never slower",
         "",
@@ -91,8 +82,14 @@ def markdown(result: Mapping[str, Any], slower: Sequence[Row]) -> str:
     ]
     if worst is not None and not slower:
         lines += ["", f"The nearest to it: {_spelled(worst)}."]
-    lines += ["", "## Points", "", *table([_cells(row) for row in rows]), ""]
-    return "\n".join(lines)
+    lines += ["", "## Points", "", *table([_cells(row) for row in rows])]
+    words = (
+        f"{result['settings']['repeats']} interleaved repeats. Geometric means over judged points (ideal time of 50 µs "
+        "and more). Efficiency: speedup over dense divided by the ratio of operations, at one row of bytes. Over "
+        "published, einsum, portable: their time by ours. Peak memory: the most bytes that forward and backward held "
+        "at once, gradients, intermediates and working room included, over the dense layer's."
+    )
+    return table_page(result, lines, words)
 
 
 def _spelled(row: Row) -> str:

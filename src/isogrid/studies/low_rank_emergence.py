@@ -22,18 +22,13 @@ from isogrid.evaluation import spearman
 from isogrid.fitting import leading_left
 from isogrid.models import GPT, GPTConfig, characters, random_windows, validation_loss
 from isogrid.report import (
-    describe_machine,
     format_duration,
     measure_lines,
     progress,
-    read_json,
-    replace_file,
     save_figure,
-    today,
     write_csv,
-    write_json,
 )
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 STEPS, LOOK_EVERY, BATCH = 1500, 50, 8
 LEADING = 8
@@ -178,14 +173,12 @@ def run_low_rank_emergence(
     late = [row["late_stable_rank"] for row in rows]
     kept = [row["welore_kept"] for row in rows]
     overlaps = [row["late_overlap"] for row in rows]
-    from isogrid import __version__
-
     result = {
-        "title": f"Low rank in gradients and weights of a GPT ({config.layers} layers, width {config.width})",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(
+            f"Low rank in gradients and weights of a GPT ({config.layers} layers, width {config.width})",
+            command,
+            settings,
+        ),
         "validation_loss": found["validation_loss"],
         "rows": rows,
         "correlations": {
@@ -197,12 +190,9 @@ def run_low_rank_emergence(
         },
         "linear_toy": {str(n): linear_toy(n, 100 if quick else 3000) for n in (4, 8, 16)},
     }
-    write_json(result, out / "data.json")
     write_csv(found["looks"], out / "looks.csv")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
     _draw(found, out)
-    return read_json(out / "data.json")
+    return write_table(result, _markdown(result), out)
 
 
 def table_of(found: Mapping[str, Any], steps: int) -> list[dict[str, Any]]:
@@ -242,8 +232,6 @@ def _correlation(one: list[float], other: list[float]) -> float:
 
 def _markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
         "| Matrix | Gradient's stable rank, early | late | Overlap of subspaces, early | late | Weight's stable rank "
         "| WeLore's rank | kept | Low rank |",
         "| - | -: | -: | -: | -: | -: | -: | -: | - |",
@@ -259,20 +247,12 @@ def _markdown(result: dict[str, Any]) -> str:
     lines += ["", "| Linear example, dimensions of the inputs | rank of the gradient | stable rank, first | last |"]
     lines += ["| -: | -: | -: | -: |"]
     lines += [f"| {n} | {rank} | {a:.2f} | {b:.2f} |" for n, (rank, a, b) in result["linear_toy"].items()]
-    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Overlap: share of the {LEADING} leading gradient directions that the last look had too. WeLore's rank: "
-            f"one threshold over all matrices that takes {100 * REDUCTION:.0f} % of all ranks away. Validation loss "
-            f"{result['validation_loss']:.4f} nats.",
-            "",
-            f"- {machine}, {result['created']}",
-            "",
-            f"    {result['command']}",
-            "",
-        ]
+    return table_page(
+        result,
+        lines,
+        f"Overlap: share of the {LEADING} leading gradient directions that the last look had too. WeLore's rank: "
+        f"one threshold over all matrices that takes {100 * REDUCTION:.0f} % of all ranks away. Validation loss "
+        f"{result['validation_loss']:.4f} nats.",
     )
 
 

@@ -27,9 +27,9 @@ from isogrid.errors import IsogridError
 from isogrid.evaluation import interleaved_times, median_interval, ratio_interval, tune
 from isogrid.formats import Budget, as_format
 from isogrid.linear import StructuredLinear, linear_matrix, products
-from isogrid.report import describe_machine, format_bytes, replace_file, today, write_json
+from isogrid.report import format_bytes
 from isogrid.studies.layer_tables import table
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 FORMATS = ("low_rank_light", "monarch(blocks=4)")
 KEEP = 0.5
@@ -101,20 +101,8 @@ def run_model_speed(
                 say(_line(row))
     finally:
         torch.set_num_threads(before)
-    from isogrid import __version__
-
-    result = {
-        "title": "Speed of models",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
-        "rows": rows,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
+    result = {**heading("Speed of models", command, settings), "rows": rows}
+    write_table(result, _markdown(result), out)
     return result
 
 
@@ -306,24 +294,15 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _markdown(result: Mapping[str, Any]) -> str:
-    machine, settings = result["machine"], result["settings"]
-    lines = [
-        f"# {result['title']}",
-        "",
-        f"`{result['command']}` · {machine['cpu']} · torch {machine['torch']} · "
-        f"{settings['repeats']} interleaved repeats",
-        "",
-        *table([_cells(row) for row in result["rows"]]),
-        "",
-        f"Prefill: {PROMPT} tokens; decode: one token after them; encode: {SENTENCES} sentences of {LENGTH} tokens. "
-        f"Keep {KEEP:g} of the matrices inside the blocks, factors random: time depends on shapes alone. Medians and "
-        "quotients with 95 % bootstrap intervals, rounds drawn whole. Outside: the share of a pass that is not in the "
-        "rewritten layers. Promised: the speedup if these took the time that their operations say, in decoding their "
-        "bytes. Layers are in automatic mode, measured as by `isogrid tune` before; kept dense: what those planned "
-        "dense keep in memory.",
-        "",
-    ]
-    return "\n".join(lines)
+    words = (
+        f"{result['settings']['repeats']} interleaved repeats. Prefill: {PROMPT} tokens; decode: one token after them; "
+        f"encode: {SENTENCES} sentences of {LENGTH} tokens. Keep {KEEP:g} of the matrices inside the blocks, factors "
+        "random: time depends on shapes alone. Medians and quotients with 95 % bootstrap intervals, rounds drawn "
+        "whole. Outside: the share of a pass that is not in the rewritten layers. Promised: the speedup if these took "
+        "the time that their operations say, in decoding their bytes. Layers are in automatic mode, measured as by "
+        "`isogrid tune` before; kept dense: what those planned dense keep in memory."
+    )
+    return table_page(result, table([_cells(row) for row in result["rows"]]), words)
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,20 +24,20 @@ from isogrid.optim import (
     state_bytes,
 )
 from isogrid.report import (
-    describe_machine,
     progress,
-    read_json,
-    replace_file,
     save_figure,
     stacked_bars,
-    today,
     write_csv,
-    write_json,
 )
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 WIDTH, MLP, LAYERS, VOCABULARY, POSITIONS, CLASSES = 768, 3072, 6, 30522, 512, 2
 RANKS = (4, 8, 16, 64, 128)
+# Operations of the linear layers for one token, and of the head for one sentence.
+LAYER_PRODUCTS = LAYERS * 2 * (4 * WIDTH**2 + 2 * WIDTH * MLP)
+HEAD_PRODUCTS = 2 * (WIDTH**2 + CLASSES * WIDTH)
+# Layers that are adapted or factored: q, k and v; elementwise products over token tensors in a dense step.
+ADAPTED, ELEMENTWISE = 3 * LAYERS, 19
 # Bytes of the source's table; Adam's hold one float32 step counter a parameter.
 PUBLISHED = {4: 3_060_664, 8: 5_625_688, 16: 10_747_544, 64: 41_495_064, 128: 82_494_488}
 PUBLISHED_ADAM = 535_640_496
@@ -67,22 +67,65 @@ def base_flops(batch: int = 32, length: int = 128) -> int:
     (attention's own products are not seen), and 19 elementwise products over token tensors.
     """
     tokens = batch * length
-    layers = LAYERS * 2 * (4 * WIDTH**2 + 2 * WIDTH * MLP) * tokens
-    head = 2 * batch * (WIDTH**2 + CLASSES * WIDTH)
-    return 3 * (layers + head) + 19 * tokens * WIDTH
+    return 3 * (tokens * LAYER_PRODUCTS + batch * HEAD_PRODUCTS) + ELEMENTWISE * tokens * WIDTH
+
+
+def _frozen_flops(batch: int, length: int) -> int:
+    """A step whose layers' weights take no gradient, nor do the inputs of the first q, k and v; the head trains."""
+    tokens = batch * length
+    layers = 2 * tokens * LAYER_PRODUCTS - 3 * 2 * tokens * WIDTH**2
+    return layers + 3 * batch * HEAD_PRODUCTS + ELEMENTWISE * tokens * WIDTH
+
+
+def _thin_flops(tokens: int) -> int:
+    """Two thin products for each q, k and v, thrice, a rank; the first three inputs take no gradient."""
+    return tokens * (3 * ADAPTED * 2 * (WIDTH + WIDTH) - 3 * 2 * WIDTH)
 
 
 def lora_flops(rank: int, batch: int = 32, length: int = 128) -> int:
-    """The source's step with LoRA on q, k and v: the stored constant without gradients of weights, plus a slope."""
+    """The source's step with LoRA on q, k and v of every layer.
+
+    Beside the thin products, three elementwise products over tokens an adapter: scale and dropout.
+    """
     tokens = batch * length
-    slope = tokens * (18 * 3 * 2 * (WIDTH + WIDTH) - 3 * 2 * WIDTH)
-    return 681_632_366_592 * tokens // 4096 + slope * rank
+    return _frozen_flops(batch, length) + 3 * ADAPTED * tokens * WIDTH + _thin_flops(tokens) * rank
+
+
+def materialized_flops(rank: int, batch: int = 32, length: int = 128) -> int:
+    """The source's factored q, k and v, which multiplies ``A diag(C) B`` out in every step: more than dense training.
+
+    The gradient of the product costs what that of a dense weight does; a product of ``2 d² r`` thrice comes on top.
+    """
+    weights = ADAPTED * 2 * batch * length * WIDTH**2
+    return _frozen_flops(batch, length) + weights + ADAPTED * (3 * 2 * WIDTH**2 + 3 * WIDTH) * rank
+
+
+def factors_flops(rank: int, batch: int = 32, length: int = 128) -> int:
+    """The same factors as `isogrid.training.FactoredLinear` multiplies them: the thin products first."""
+    tokens = batch * length
+    # Of the dense q, k and v nothing is left: no forward product, and none with the inputs' gradient.
+    dense = 2 * tokens * WIDTH**2 * (2 * ADAPTED - 3)
+    return _frozen_flops(batch, length) - dense + (_thin_flops(tokens) + 3 * ADAPTED * tokens) * rank
 
 
 def sentence_flops(tokens: int = 11) -> int:
     """The source's dense forward pass of one sentence."""
-    layers = LAYERS * 2 * (4 * WIDTH**2 + 2 * WIDTH * MLP)
-    return tokens * (layers + 13 * WIDTH) + 2 * (WIDTH**2 + CLASSES * WIDTH)
+    return tokens * (LAYER_PRODUCTS + 13 * WIDTH) + HEAD_PRODUCTS
+
+
+def flops_table(hollow: nn.Module) -> list[dict[str, Any]]:
+    """FLOPs of one step of 32 x 128 tokens at every rank, refreshes left out."""
+    return [
+        {
+            "rank": rank,
+            "rsvd_adam": base_flops() + projection_flops(rsvd(hollow, rank)),
+            "lora": lora_flops(rank),
+            "factors_materialized": materialized_flops(rank),
+            "factors": factors_flops(rank),
+            "dense": base_flops(),
+        }
+        for rank in RANKS
+    ]
 
 
 def rsvd(model: nn.Module, rank: int) -> ProjectedAdamW:
@@ -146,7 +189,8 @@ def run_optimizer_memory(
     """Optimizer state on DistilBERT's shapes: predicted from shapes, and summed over live tensors.
 
     Args:
-        out: folder for ``table.md``, ``optimizer_memory.csv``, ``data.json`` and ``optimizer_memory.png``.
+        out: folder for ``table.md``, ``data.json``, ``optimizer_memory.csv``, ``flops.csv`` and
+            ``optimizer_memory.png``.
         quick: measure rSVDAdam and Adam only; the others are predicted.
         seed: of the made-up gradients; memory does not depend on it.
         data_dir: not used.
@@ -191,24 +235,17 @@ def run_optimizer_memory(
                 }
             )
             step(label)
-    from isogrid import __version__
-
     result = {
-        "title": "Optimizer memory on DistilBERT, 66,955,010 parameters",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
+        **heading("Optimizer memory on DistilBERT, 66,955,010 parameters", command),
         "rows": rows,
     }
-    write_json(result, out / "data.json")
     write_csv(
         [{key: value for key, value in row.items() if key != "parts"} for row in rows], out / "optimizer_memory.csv"
     )
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
+    write_csv(flops_table(hollow), out / "flops.csv")
     bars = {row["optimizer"]: row["parts"] for row in rows if row["parts"]}
     save_figure(stacked_bars(bars, title="Optimizer state by key"), out / "optimizer_memory.png")
-    return read_json(out / "data.json")
+    return write_table(result, _markdown(result), out)
 
 
 def _file_name(label: str) -> str:
@@ -223,8 +260,6 @@ def _published(label: str) -> int | None:
 
 def _markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
         "| Optimizer | State MiB | of it bytes | Published bytes | Saving against Adam | FLOPs of a step, 32 x 128 |",
         "| - | -: | -: | -: | -: | -: |",
     ]
@@ -235,18 +270,10 @@ def _markdown(result: dict[str, Any]) -> str:
             f"| {size:,} | {'' if row['published_bytes'] is None else format(row['published_bytes'], ',')} "
             f"| {row['saving_percent']:.4f} % | {'' if row['step_flops'] is None else format(row['step_flops'], ',')} |"
         )
-    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Bytes are summed over the live state tensors after one step. Step counters are Python numbers here and "
-            "one float32 tensor a parameter in torch's Adam. The source's MB are MiB. FLOPs are the closed form of "
-            "what the source's profiler counts, refreshes left out.",
-            "",
-            f"- {machine}, {result['created']}",
-            "",
-            f"    {result['command']}",
-            "",
-        ]
+    return table_page(
+        result,
+        lines,
+        "Bytes are summed over the live state tensors after one step. Step counters are Python numbers here and "
+        "one float32 tensor a parameter in torch's Adam. The source's MB are MiB. FLOPs are the closed form of "
+        "what the source's profiler counts, refreshes left out.",
     )

@@ -21,15 +21,10 @@ from isogrid.errors import IsogridError
 from isogrid.models import GPT, GPTConfig, characters, random_windows, validation_loss
 from isogrid.optim import make_optimizer, state_bytes
 from isogrid.report import (
-    describe_machine,
     format_duration,
     progress,
-    read_json,
-    replace_file,
-    today,
-    write_json,
 )
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 STEPS, BATCH, LENGTH, REFRESH = 1500, 8, 64, 100
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -152,26 +147,16 @@ def run_optimizer_quality(
     gap = galore["loss"] - adamw["loss"]
     for row in rows:
         row["closed"] = (galore["loss"] - row["loss"]) / gap if gap > 0 else None
-    from isogrid import __version__
-
     result = {
-        "title": f"GPT of {config.layers} layers, width {config.width}, {steps} steps, rank {rank}",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
+        **heading(f"GPT of {config.layers} layers, width {config.width}, {steps} steps, rank {rank}", command),
         "rows": rows,
         "gap": gap,
     }
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
-    return read_json(out / "data.json")
+    return write_table(result, _markdown(result), out)
 
 
 def _markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
         "| Method | Best rate | Validation loss | Of the gap closed | Optimizer state MiB |",
         "| - | -: | -: | -: | -: |",
     ]
@@ -182,18 +167,10 @@ def _markdown(result: dict[str, Any]) -> str:
             f"| {row['method']} | {row['rate']:g} | {row['loss']:.4f}{spread} | {closed} "
             f"| {row['state_bytes'] / 2**20:.2f} |"
         )
-    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Validation loss in nats a character, mean over seeds; GaLore's gap to AdamW is "
-            f"{result['gap']:.4f}. Rates are chosen on the first seed. Embeddings and vectors are trained by AdamW "
-            "everywhere.",
-            "",
-            f"- {machine}, {result['created']}",
-            "",
-            f"    {result['command']}",
-            "",
-        ]
+    return table_page(
+        result,
+        lines,
+        "Validation loss in nats a character, mean over seeds; GaLore's gap to AdamW is "
+        f"{result['gap']:.4f}. Rates are chosen on the first seed. Embeddings and vectors are trained by AdamW "
+        "everywhere.",
     )

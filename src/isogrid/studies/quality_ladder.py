@@ -35,8 +35,8 @@ from isogrid.compress import (
 from isogrid.data import load_pretrained, load_stories260k, load_text, token_windows
 from isogrid.errors import IsogridError
 from isogrid.evaluation import forget_peak_memory, peak_memory_bytes, perplexity
-from isogrid.report import describe_machine, progress, today, write_report
-from isogrid.studies.rows import Say, gap, remembered, row_of
+from isogrid.report import progress, write_report
+from isogrid.studies.rows import Say, gap, heading, remembered, row_of
 
 ALLOCATED, REFINED, DISTILLED = "+ allocation", "+ refinement", "+ distillation"
 RUNGS = ("plain", "whitened", "anchored", ALLOCATED, REFINED, DISTILLED)
@@ -250,15 +250,8 @@ def run_quality_ladder(
             f"{one.label}, {one.rung}, keep {one.keep:g}: perplexity {last['quality']:.4g}, other domain "
             f"{last['other_quality']:.4g}, gap {last['gap']:.3f}, {last['seconds'] / 60:.1f} min"
         )
-    from isogrid import __version__
-
     result = {
-        "title": f"The ladder on {subject.name}: {part}",
-        "command": command,
-        "model": subject.name,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(f"The ladder on {subject.name}: {part}", command, settings, model=subject.name),
         "quality": {"name": "perplexity", "better": "lower"},
         "other_quality": {"name": "other domain"},
         "dense": dense,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from isogrid.report import describe_machine, format_duration, progress, today, write_report
+from isogrid.report import format_duration, progress, write_report
 from isogrid.studies.projection_targets import TARGETS, Entry, Target
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered
 
 
 def run_random_projection(
@@ -98,14 +98,8 @@ def _one_target(
         step(entry.label)
         beside = "" if entry.published is None else f", {row['quality'] / entry.published:.4f} of the documented"
         say(f"{name}: {entry.format.label()}: {row['quality']:.4f}{beside}, {format_duration(row['seconds'])}")
-    from isogrid import __version__
-
     result = {
-        "title": target.title,
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(target.title, command, settings),
         "quality": {"name": "relative error", "better": "lower"},
         "dense": {
             "label": "Dense",

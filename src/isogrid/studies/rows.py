@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ from typing import Any
 import isogrid
 from isogrid.compress import CompressionReport
 from isogrid.report import (
+    describe_machine,
     format_bytes,
     format_duration,
     format_gap,
     format_keep,
     format_milliseconds,
     read_json,
+    replace_file,
+    today,
     write_json,
 )
 
@@ -79,6 +82,61 @@ def _state_of_code() -> str:
         for path in sorted((package / room).glob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def heading(
+    title: str, command: str, settings: Mapping[str, Any] | None = None, *, model: str | None = None
+) -> dict[str, Any]:
+    """What every study's data begins with: title, command, model, date, machine and settings.
+
+    Args:
+        title: of the page.
+        command: the command line that makes it.
+        settings: what the numbers depend on; None where the title says it.
+        model: the model's name; None where there is no single one.
+    """
+    return {
+        "title": title,
+        "command": command,
+        **({} if model is None else {"model": model}),
+        "created": today(),
+        "machine": describe_machine(isogrid.__version__),
+        **({} if settings is None else {"settings": settings}),
+    }
+
+
+def table_page(result: Mapping[str, Any], lines: Iterable[str], words: str) -> str:
+    """A study's ``table.md``: its title, the lines of its tables, what there is to know of them, machine and command.
+
+    Args:
+        result: begins with `heading`.
+        lines: of the tables.
+        words: a paragraph.
+    """
+    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
+    return "\n".join(
+        [
+            f"# {result['title']}",
+            "",
+            *lines,
+            "",
+            words,
+            "",
+            f"- {machine}, {result['created']}",
+            "",
+            f"    {result['command']}",
+            "",
+        ]
+    )
+
+
+def write_table(result: Mapping[str, Any], page: str, out: Path) -> dict[str, Any]:
+    """Write ``data.json``, ``table.md`` and ``command.txt``; the data as it then reads."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(result, out / "data.json")
+    replace_file(out / "table.md", page.encode())
+    replace_file(out / "command.txt", f"{result['command']}\n".encode())
+    return read_json(out / "data.json")
 
 
 def page_of_compression(described: Mapping[str, Any], evaluated: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 from isogrid.compress import as_batches, compress, dense_parameters, select_layers, stored_bytes
 from isogrid.data import load_pretrained, load_sts
 from isogrid.evaluation import sts_spearman
-from isogrid.report import describe_machine, progress, today, write_report
+from isogrid.report import progress, write_report
 from isogrid.studies.demo import LABELS
-from isogrid.studies.rows import Say, remembered, row_of
+from isogrid.studies.rows import Say, heading, remembered, row_of
 
 MODEL = "minilm"
 KEEP = 0.5
@@ -104,15 +104,13 @@ def run_sentence_encoder(
         rows.append(row)
         share = row["quality"] / dense["quality"]
         say(f"{label}, keep {keep:g}: Spearman {row['quality']:.4f}, {share:.1%} of dense")
-    from isogrid import __version__
-
     result = {
-        "title": "The sentence encoder all-MiniLM-L6-v2 at a half and a quarter of its parameters",
-        "command": command,
-        "model": f"{MODEL} (all-MiniLM-L6-v2)",
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(
+            "The sentence encoder all-MiniLM-L6-v2 at a half and a quarter of its parameters",
+            command,
+            settings,
+            model=f"{MODEL} (all-MiniLM-L6-v2)",
+        ),
         "quality": {"name": "Spearman", "better": "higher"},
         "dense": dense,
         "rows": rows,

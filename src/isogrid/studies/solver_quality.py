@@ -22,8 +22,8 @@ from isogrid.formats import (
     Monarch,
     TensorTrain,
 )
-from isogrid.report import describe_machine, format_duration, progress, read_json, replace_file, today, write_json
-from isogrid.studies.rows import Say, remembered
+from isogrid.report import format_duration, progress
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 OUT, IN = 12, 16
 # Each restart gets 40 steps of quasi-Newton descent, the best of them 200 more.
@@ -136,25 +136,15 @@ def run_solver_quality(
             )
             row = rows[-1]
             say(f"{row['format']}: {row['within']} of {problems} within 1 %, worst {row['general_worst']:.4f}")
-    from isogrid import __version__
-
     result = {
-        "title": f"Solvers on {problems} small problems a format, {OUT} x {IN}, metric with variances 1/i²",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
+        **heading(f"Solvers on {problems} small problems a format, {OUT} x {IN}, metric with variances 1/i²", command),
         "rows": rows,
     }
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
-    return read_json(out / "data.json")
+    return write_table(result, _markdown(result), out)
 
 
 def _markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
         "| Format | General within 1 % | better | median | worst | Own median | worst | Fifth restart | Rises | Time |",
         "| - | -: | -: | -: | -: | -: | -: | -: | -: | -: |",
     ]
@@ -164,20 +154,12 @@ def _markdown(result: dict[str, Any]) -> str:
         f"| {row['rises']} | {format_duration(row['seconds'])} |"
         for row in result["rows"]
     ]
-    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Objectives divided by the best of {RESTARTS} quasi-Newton descents, five of them polished. General: "
-            '`fit(..., solver="general")`, which goes on from the own fit and, with Levenberg-Marquardt steps, from '
-            "many starts; better: problems on which it ends below all restarts; rises: steps after which the objective "
-            "was larger; time: of own and general fit of one problem. Own: the format's default, made for speed at the "
-            "size of layers. Fifth restart: the worst of the five that were polished.",
-            "",
-            f"- {machine}, {result['created']}",
-            "",
-            f"    {result['command']}",
-            "",
-        ]
+    return table_page(
+        result,
+        lines,
+        f"Objectives divided by the best of {RESTARTS} quasi-Newton descents, five of them polished. General: "
+        '`fit(..., solver="general")`, which goes on from the own fit and, with Levenberg-Marquardt steps, from '
+        "many starts; better: problems on which it ends below all restarts; rises: steps after which the objective "
+        "was larger; time: of own and general fit of one problem. Own: the format's default, made for speed at the "
+        "size of layers. Fifth restart: the worst of the five that were polished.",
     )

@@ -22,8 +22,8 @@ from isogrid.errors import BudgetError, IsogridError
 from isogrid.evaluation import peak_memory_bytes, perplexity
 from isogrid.formats import Armor, Budget, Format, SemiStructured, as_format, registered
 from isogrid.linear import linear_matrix
-from isogrid.report import describe_machine, progress, today, write_report
-from isogrid.studies.rows import Say, gap, remembered, row_of
+from isogrid.report import progress, write_report
+from isogrid.studies.rows import Say, gap, heading, remembered, row_of
 
 STORED = torch.bfloat16
 BLOCK = 32
@@ -210,15 +210,9 @@ def run_sparsity(
             f"{last['other_quality']:.4g}, gap {last['gap']:.3f}, mean error {last['error']:.4f}, "
             f"{last['seconds'] / 60:.1f} min"
         )
-    from isogrid import __version__
-
+    model_name = "SmolLM2-135M-Instruct"
     result = {
-        "title": "Sparse matrices on SmolLM2-135M-Instruct",
-        "command": command,
-        "model": "SmolLM2-135M-Instruct",
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(f"Sparse matrices on {model_name}", command, settings, model=model_name),
         "quality": {"name": "perplexity", "better": "lower"},
         "other_quality": {"name": "other domain"},
         "dense": dense,

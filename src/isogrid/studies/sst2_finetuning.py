@@ -21,21 +21,15 @@ import torch
 from isogrid.data import LabelledTexts, load_imdb, load_pretrained, load_sst2
 from isogrid.errors import IsogridError
 from isogrid.report import (
-    describe_machine,
     format_duration,
     measure_lines,
     progress,
-    read_json,
-    replace_file,
     save_figure,
     stacked_bars,
-    today,
-    write_csv,
-    write_json,
 )
 from isogrid.studies.finetuning_methods import METHODS
-from isogrid.studies.finetuning_run import Plan, train_run
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.finetuning_run import FILES, Plan, train_run, write_files
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 MODEL = "minilm"
 # 4,000 examples, 2 epochs, would take 43 runs of 10 TFLOP, more than two hours on two cores.
@@ -128,27 +122,23 @@ def run_sst2_finetuning(
             make = partial(copy.deepcopy, encoder)
             work = partial(train_run, method, rank, run_seed, make, tokenizer, train, test, plan, folder)
             row = remembered(runs, key, settings, work)
-            _restore(row, folder)
+            if not all((folder / name).is_file() for name in FILES):  # remembered, and this is another folder
+                write_files(row, folder)
             rows.append(row)
             step(key)
             say(f"{key}: train {row['train_loss']:.4f}, eval {row['eval_loss']:.4f}, accuracy {row['accuracy']:.4f}")
-    from isogrid import __version__
-
     result = {
-        "title": f"Fine-tuning {MODEL} on {source}: {len(train)} examples, {plan.epochs} epochs, batch {plan.batch}",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": {**asdict(plan), "examples": len(train), "evaluation": len(test), "data": source},
+        **heading(
+            f"Fine-tuning {MODEL} on {source}: {len(train)} examples, {plan.epochs} epochs, batch {plan.batch}",
+            command,
+            {**asdict(plan), "examples": len(train), "evaluation": len(test), "data": source},
+        ),
         "rows": rows,
         "summary": summary(rows),
         "claims": claims(rows),
     }
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
     _draw(result, out)
-    return read_json(out / "data.json")
+    return write_table(result, _markdown(result), out)
 
 
 def _data(
@@ -160,14 +150,6 @@ def _data(
     else:
         train, test = load_imdb(imdb, "train"), load_imdb(imdb, "test")
     return train.sample(examples, draw), test if tests is None else test.sample(tests, draw)
-
-
-def _restore(row: dict[str, Any], folder: Path) -> None:
-    """Files of a run that was remembered, in a new output folder."""
-    if not (folder / "epoch_loss.csv").is_file():
-        write_csv(row["epochs"], folder / "epoch_loss.csv")
-        parts = [{"part": part, "measured_bytes": count} for part, count in row["memory"].items()]
-        write_csv(parts, folder / "memory_breakdown.csv")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -238,8 +220,6 @@ def _spread(row: dict[str, Any], key: str) -> str:
 
 def _markdown(result: dict[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
         "| Method | Rank | Seeds | Train loss | Eval loss | Best eval loss | Accuracy | Trained numbers | State MiB "
         "| All MiB |",
         "| - | -: | -: | -: | -: | -: | -: | -: | -: | -: |",
@@ -254,20 +234,12 @@ def _markdown(result: dict[str, Any]) -> str:
     words = {True: "held", False: "not held", None: "not tested"}
     lines += ["", "| Claim of the source | Here |", "| - | - |"]
     lines += [f"| {entry['claim']} | {words[entry['held']]} |" for entry in result["claims"]]
-    machine = ", ".join(f"{key}: {value}" for key, value in result["machine"].items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "± is the standard deviation over seeds. All methods make the same updates on the same batches with the "
-            "same learning rate and decay; the source gave rSVDAdam four times fewer updates at four times the batch. "
-            "All MiB: parameters, gradients, optimizer state, and the outputs of all leaf modules at one batch.",
-            "",
-            f"- {machine}, {result['created']}",
-            "",
-            f"    {result['command']}",
-            "",
-        ]
+    return table_page(
+        result,
+        lines,
+        "± is the standard deviation over seeds. All methods make the same updates on the same batches with the "
+        "same learning rate and decay; the source gave rSVDAdam four times fewer updates at four times the batch. "
+        "All MiB: parameters, gradients, optimizer state, and the outputs of all leaf modules at one batch.",
     )
 
 

@@ -16,8 +16,7 @@ import torch
 from isogrid.compress import Milliseconds, compress, select_layers
 from isogrid.compress.milliseconds import TimedPrices
 from isogrid.data import load_pretrained
-from isogrid.report import describe_machine, replace_file, today, write_json
-from isogrid.studies.rows import Say, remembered
+from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 MODELS = {"smollm2-135m": 512, "minilm": 256}
 FORMATS = ("low_rank", "low_rank_light")
@@ -64,21 +63,8 @@ def run_time_budget(
 
                 rows.append(remembered(Path("runs/study/time_budget"), f"{name}-{fmt}-{share:g}", settings, make))
                 say(_line(rows[-1]))
-    from isogrid import __version__
-
-    result = {
-        "title": "Budgets in milliseconds: predicted and measured",
-        "command": command,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
-        "rows": rows,
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(result, out / "data.json")
-    replace_file(out / "table.md", _markdown(result).encode())
-    replace_file(out / "command.txt", f"{command}\n".encode())
-    return result
+    result = {**heading("Budgets in milliseconds: predicted and measured", command, settings), "rows": rows}
+    return write_table(result, _markdown(result), out)
 
 
 def _row(name: str, model: Any, fmt: str, share: float, repeats: int, seed: int) -> dict[str, Any]:
@@ -121,11 +107,6 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _markdown(result: Mapping[str, Any]) -> str:
     lines = [
-        f"# {result['title']}",
-        "",
-        f"`{result['command']}` · {result['machine']['cpu']} · {result['settings']['threads']} threads · "
-        f"torch {result['machine']['torch']}",
-        "",
         "| model | tokens | format | keep | dense ms | outside the layers | limit | predicted | measured | quartiles | "
         "predicted / measured | speedup predicted | measured | predicted / measured |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---|---:|---:|---:|---:|",
@@ -138,11 +119,11 @@ def _markdown(result: Mapping[str, Any]) -> str:
             f"{lower:.4g} to {upper:.4g} | {row['ratio']:.3f} | "
             f"{row['predicted_speedup']:.3f} | {row['speedup']:.3f} | {row['speedup_ratio']:.3f} |"
         )
-    lines += [
-        "",
-        f"A pass of one window, {result['settings']['repeats']} passes of the compressed and the dense model in turns, "
-        "medians. Milliseconds are predicted before and measured after: on a machine that others use, its pace changes "
-        "between; a speedup is a quotient of the same minute. Plain fits: time depends on shapes alone.",
-        "",
-    ]
-    return "\n".join(lines)
+    settings = result["settings"]
+    words = (
+        f"A pass of one window, {settings['repeats']} passes of the compressed and the dense model in turns, medians; "
+        f"threads: {settings['threads']}. Milliseconds are predicted before and measured after: on a machine that "
+        "others use, its pace changes between; a speedup is a quotient of the same minute. Plain fits: time depends on "
+        "shapes alone."
+    )
+    return table_page(result, lines, words)

@@ -20,9 +20,9 @@ from isogrid.data import load_pretrained, load_sts, load_text, token_windows
 from isogrid.errors import IsogridError
 from isogrid.evaluation import perplexity, sts_spearman
 from isogrid.formats import Format, Quantized, TritPlanes
-from isogrid.report import describe_machine, progress, today, write_report
+from isogrid.report import progress, write_report
 from isogrid.studies.quality_ladder import stories_subject
-from isogrid.studies.rows import Say, gap, remembered, row_of
+from isogrid.studies.rows import Say, gap, heading, remembered, row_of
 
 PARTS = ("encoder", "stories", "smollm")
 GROUP = 128
@@ -137,15 +137,8 @@ def run_trit_quality(
         if case.quality["better"] == "lower":
             last["gap"] = gap(last["quality"], dense["quality"])
         say(f"{way.label}: {last['quality']:.4f} (dense {dense['quality']:.4f}), {last['bits']:.2f} bits a weight")
-    from isogrid import __version__
-
     result = {
-        "title": f"Trit planes: {case.name}",
-        "command": command,
-        "model": case.name,
-        "created": today(),
-        "machine": describe_machine(__version__),
-        "settings": settings,
+        **heading(f"Trit planes: {case.name}", command, settings, model=case.name),
         "quality": case.quality,
         "dense": dense,
         "rows": rows,
