@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isogrid import Budget, Dense, IsogridError, LowRank, Metric, Monarch, Stored, StructuredLinear, TritPlanes
+from isogrid import (
+    Budget,
+    Dense,
+    IsogridError,
+    LowRank,
+    LowRankLight,
+    Metric,
+    Monarch,
+    Stored,
+    StructuredLinear,
+    TritPlanes,
+)
 from isogrid.fitting import squared_norm
 from isogrid.fitting.trit_matrices import canonical, feed_back, fit_under, improve_trits, refit_scales, written
 from isogrid.fitting.trits import (
@@ -23,7 +34,7 @@ from isogrid.fitting.trits import (
     published_scales,
     split,
 )
-from tests.formats.cases import gaussian, ill_conditioned
+from tests.formats.cases import gaussian, generator, ill_conditioned
 
 HAND = torch.tensor([[0.9, -0.4, 0.1, 0.55, -1.2, 0.05, 0.3, -0.75]], dtype=torch.float64)
 some = settings(deadline=None, max_examples=40, derandomize=True)
@@ -433,3 +444,11 @@ def test_sizes_within_bytes():
 def test_stored_refuses_what_is_no_format():
     with pytest.raises(IsogridError, match="stored: codes is a format"):
         Stored(LowRank(), "trit_planes")  # type: ignore[arg-type]
+
+
+def test_an_order_of_inputs_is_not_rounded_with_scales():
+    target = gaussian(400, 600, seed=3)
+    inner = LowRankLight(rank=7)
+    fmt = Stored(inner, TritPlanes())
+    fitted = fmt.fit(target, generator=generator(0), stored=torch.bfloat16)
+    assert sorted(fitted["inner_order"].tolist()) == list(range(600))

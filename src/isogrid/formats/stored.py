@@ -125,16 +125,67 @@ class Stored(Format):
             for name, spec in specs.items()
         }
         self.inner.initialize(begin, out_features, in_features, generator)
-        for name, value in self._written(begin, out_features, in_features).items():
+        for name, value in self.written(begin, out_features, in_features).items():
             factors[name].copy_(value)
 
-    def _written(self, inner: Factors, out_features: int, in_features: int) -> Factors:
+    def written(
+        self,
+        inner: Factors,
+        out_features: int,
+        in_features: int,
+        *,
+        target: Tensor | None = None,
+        metric: Metric | None = None,
+        generator: torch.Generator | None = None,
+        stored: torch.dtype | None = None,
+        on_step: OnStep | None = None,
+    ) -> Factors:
+        """Factors of the inner format written in codes, one after the other.
+
+        With a target ``(out, in)``, and an inner format that is a chain of matrices, each is coded under the metric of
+        what it is given by those before, the last after it was fitted anew to these; otherwise each by itself.
+
+        Args:
+            inner: factors of the inner format.
+            out_features: rows of the matrix.
+            in_features: its columns.
+            target: what the codes' product is to come near; None: each factor.
+            metric: of the inputs; None is the identity.
+            generator: of the codes' fits.
+            stored: what scales are rounded to before codes are chosen: the factors' dtype.
+            on_step: told the squared error after each factor; needs a target.
+        """
         coded = self._coded(out_features, in_features)
+        extra: dict[str, Any] = {} if stored is None else {"stored": stored}
         found: Factors = {}
-        for name, value in inner.items():
-            own = prefixed(f"{name}_", self.codes.fit(value.view(coded[name]))) if name in coded else {name: value}
-            found |= prefixed("inner_", own)
-        return found
+        chain = self.inner.chain if target is not None else ()
+        seen: Tensor | None = None  # the product of the matrices written so far
+        for name in chain or inner:
+            value = inner[name]
+            own_metric = None
+            if chain:
+                own_metric = metric
+                if seen is not None:
+                    moved = seen @ seen.mT if metric is None else seen @ metric.matrix @ seen.mT
+                    own_metric = _metric_of(moved)
+                    if own_metric is not None and name == chain[-1]:
+                        assert target is not None
+                        value = _regressed(target, seen, metric, own_metric)
+            if name in coded:
+                own = self.codes.fit(value.reshape(coded[name]), own_metric, generator=generator, **extra)
+                value = self.codes.dense(own, *coded[name]).view(value.shape)
+                found |= prefixed(f"inner_{name}_", own)
+            else:
+                if stored is not None and value.is_floating_point():  # an order of inputs is no number to round
+                    value = value.to(stored).to(value.dtype)
+                found[f"inner_{name}"] = value
+            if chain:
+                seen = value if seen is None else value @ seen
+            if on_step is not None and target is not None:
+                inner = inner | {name: value}
+                error = target - self.inner.dense(inner, out_features, in_features)
+                on_step(len(found), squared_norm(error, metric))
+        return {name: found[name] for name in self.factors(out_features, in_features)}
 
     def cost(self, out_features: int, in_features: int, dtype: torch.dtype = torch.float32) -> Cost:
         """As stored; multiply-adds of the inner product."""
@@ -211,44 +262,15 @@ class Stored(Format):
         stored: torch.dtype | None = None,
         **options: Any,
     ) -> Factors:
-        """The inner fit, its factors written in codes one after the other.
-
-        Where the inner format is a chain of matrices, each is coded under the metric of what it is given by those
-        before, the last after it was fitted anew to these; elsewhere each by itself. Solvers and options are those of
-        the inner format.
+        """The inner fit, then `written`. Solvers and options are those of the inner format.
 
         Options: ``stored``, what scales are rounded to before codes are chosen: the target's dtype.
         """
         begin = None if start is None else self.decoded(start, *target.shape)
         inner = self.inner.fit(target, metric, solver=solver, start=begin, generator=generator, **options)
-        coded = self._coded(*target.shape)
-        extra: dict[str, Any] = {} if stored is None else {"stored": stored}
-        found: Factors = {}
-        chain = self.inner.chain
-        seen: Tensor | None = None  # the product of the matrices written so far
-        for name in chain or inner:
-            value = inner[name]
-            own_metric = None
-            if chain:
-                own_metric = metric
-                if seen is not None:
-                    moved = seen @ seen.mT if metric is None else seen @ metric.matrix @ seen.mT
-                    own_metric = _metric_of(moved)
-                    if own_metric is not None and name == chain[-1]:
-                        value = _regressed(target, seen, metric, own_metric)
-            if name in coded:
-                own = self.codes.fit(value.reshape(coded[name]), own_metric, generator=generator, **extra)
-                value = self.codes.dense(own, *coded[name]).view(value.shape)
-                found |= prefixed(f"inner_{name}_", own)
-            else:
-                value = value if stored is None else value.to(stored).to(value.dtype)
-                found[f"inner_{name}"] = value
-            if chain:
-                seen = value if seen is None else value @ seen
-            if on_step is not None:
-                inner = inner | {name: value}
-                on_step(len(found), squared_norm(target - self.inner.dense(inner, *target.shape), metric))
-        return {name: found[name] for name in self.factors(*target.shape)}
+        return self.written(
+            inner, *target.shape, target=target, metric=metric, generator=generator, stored=stored, on_step=on_step
+        )
 
     def deploy(
         self, factors: Mapping[str, Tensor], out_features: int, in_features: int

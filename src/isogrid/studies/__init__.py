@@ -1,6 +1,7 @@
 """Reproducible experiments: each runs, tabulates and draws itself."""
 
 from isogrid.studies.advice import run_advice
+from isogrid.studies.compressed_finetuning import run_compressed_finetuning
 from isogrid.studies.image_compression import run_image_compression
 from isogrid.studies.low_rank_emergence import run_low_rank_emergence
 from isogrid.studies.optimizer_memory import run_optimizer_memory
@@ -16,6 +17,7 @@ from isogrid.studies.trit_quality import run_trit_quality
 
 STUDIES = {
     "advice": run_advice,
+    "compressed_finetuning": run_compressed_finetuning,
     "image_compression": run_image_compression,
     "low_rank_emergence": run_low_rank_emergence,
     "optimizer_memory": run_optimizer_memory,
@@ -33,6 +35,7 @@ STUDIES = {
 __all__ = [
     "STUDIES",
     "run_advice",
+    "run_compressed_finetuning",
     "run_image_compression",
     "run_low_rank_emergence",
     "run_optimizer_memory",

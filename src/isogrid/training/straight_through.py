@@ -79,6 +79,8 @@ def straight_through(
     model: nn.Module,
     format: Format | str | Mapping[str, Any],
     layers: Mapping[str, Metric | None],
+    *,
+    start: Mapping[str, Factors] | None = None,
     **options: Any,
 ) -> list[str]:
     """Replace linear layers by `StraightThroughLinear`, in place.
@@ -87,6 +89,7 @@ def straight_through(
         model: changed in place.
         format: of the factors, its size chosen.
         layers: name to the metric of its inputs, or None.
+        start: factors to begin with, by name; of layers without, the format's own fit.
         options: of every refit; a single round or sweep serves, since the latent matrix moves little.
 
     Returns:
@@ -110,7 +113,9 @@ def straight_through(
             raise IsogridError(f"layer {name!r}: its weight is shared ({', '.join(shared)}); leave it out")
         bias: Tensor | None = module.bias
         try:
-            made[name] = StraightThroughLinear(linear_matrix(module), bias, chosen, metric=metric, options=options)
+            made[name] = StraightThroughLinear(
+                linear_matrix(module), bias, chosen, metric=metric, options=options, start=(start or {}).get(name)
+            )
         except IsogridError as error:
             raise IsogridError(f"layer {name!r}: {error}") from error
         made[name].train(module.training)
