@@ -72,6 +72,7 @@ class Course:
         settle: share of the steps after which the factors alone are tuned.
         rounds: of DSFormer's first fit, at most.
         layers: so many are rewritten; None: all.
+        length: most tokens of an example.
     """
 
     examples: int = 4000
@@ -83,6 +84,7 @@ class Course:
     settle: float = 0.7
     rounds: int = 20
     layers: int | None = None
+    length: int = 64
 
 
 def run_compressed_finetuning(
@@ -126,7 +128,7 @@ def run_compressed_finetuning(
             Course(examples=64, held=32, task_epochs=1, rates=(3e-4,), refresh=1, rounds=0, layers=2),
             [FACTORS[0]],
         )
-    texts = _Texts.load(course, data_dir, 64 if quick else None, seed)
+    texts = _Texts.load(course, data_dir, 16 if quick else None, seed)
     settings = {**asdict(course), "examples": len(texts.train), "seed": seed, "tests": len(texts.test)}
     folder = Path("runs/study/compressed_finetuning")
     planned = [(factor, way, rate) for factor in factors for way in chosen for rate in course.rates]
@@ -182,7 +184,7 @@ class _Task:
     """The tuned dense model, its layers and what these are given; all made when they are first needed."""
 
     def __init__(self, texts: _Texts, course: Course, seed: int, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.texts, self.course, self.seed, self.plan = texts, course, seed, Plan()
+        self.texts, self.course, self.seed, self.plan = texts, course, seed, Plan(length=course.length)
         self.encoder, self.tokenizer = load_pretrained(MODEL)
         self.layers = list(select_layers(self.encoder))[: course.layers]
         self.weights = folder / f"task-{settings['examples']}-{course.task_epochs}-{seed}.safetensors"
