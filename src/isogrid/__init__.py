@@ -35,7 +35,7 @@ from isogrid.formats import (
     Traits,
     TritPlanes,
 )
-from isogrid.linear import StructuredLinear, convert, set_memory
+from isogrid.linear import StructuredLinear, convert, deploy, set_memory
 
 _install()
 
@@ -82,6 +82,7 @@ __all__ = [
     "collect_moments",
     "compress",
     "convert",
+    "deploy",
     "load",
     "merge",
     "save",

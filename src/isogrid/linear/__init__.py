@@ -1,6 +1,6 @@
 """The layer that holds one matrix in one format."""
 
-from isogrid.linear.convert import convert
+from isogrid.linear.convert import convert, deploy
 from isogrid.linear.dense_layers import is_linear, linear_matrix
 from isogrid.linear.layer import StructuredLinear
 from isogrid.linear.memory import MEMORY, check_memory, set_memory
@@ -11,6 +11,7 @@ __all__ = [
     "StructuredLinear",
     "check_memory",
     "convert",
+    "deploy",
     "is_linear",
     "linear_matrix",
     "prefers_dense",
