@@ -21,6 +21,10 @@ constexpr int64_t kLiftRows = 6, kPanel = 64, kPanelLanes = kPanel / kLane;
 constexpr int64_t kHeld = 16;
 // Numbers of a block of coordinates that stays in the second-level cache while G passes by.
 constexpr int64_t kCoordinates = 64 * 1024;
+// How far ahead memory is asked for: processors stop at the end of a page, and rows are rarely longer.
+constexpr int64_t kAhead = 512;
+// Rows that sums down the columns take at once.
+constexpr int64_t kStripe = 8;
 // Numbers that are summed before a sum in float64 takes over, whichever thread does it.
 constexpr int64_t kSummed = 4096;
 // Products of fewer operations than this are not worth a second thread.
@@ -51,6 +55,7 @@ double squared_sum(const float* from, int64_t count) {
     int64_t i = begin;
     for (; i + 4 * kLane <= end; i += 4 * kLane)
       for (int64_t z = 0; z < 4; ++z) {
+        _mm_prefetch(from + i + z * kLane + kAhead, _MM_HINT_T0);
         const __m512 value = _mm512_loadu_ps(from + i + z * kLane);
         sum[z] = _mm512_fmadd_ps(value, value, sum[z]);
       }
@@ -80,12 +85,13 @@ Tensor channel_squares_cpu(const Tensor& g, bool of_rows) {
   at::parallel_for(0, (n + kLane - 1) / kLane, grain(m * kLane), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLane, last = std::min(end * kLane, n);
     std::fill(to + first, to + last, 0.0f);
-    for (int64_t i = 0; i < m; i += 8) {
-      const int64_t rows = std::min<int64_t>(8, m - i);
+    for (int64_t i = 0; i < m; i += kStripe) {
+      const int64_t rows = std::min(kStripe, m - i);
       for (int64_t j = first; j < last; j += kLane) {
         const __mmask16 mask = lanes(last - j);
         __m512 sum = _mm512_setzero_ps();  // of few rows: the long sum has less to round
         for (int64_t t = 0; t < rows; ++t) {
+          _mm_prefetch(from + (i + t + kStripe) * n + j, _MM_HINT_T1);
           const __m512 value = _mm512_maskz_loadu_ps(mask, from + (i + t) * n + j);
           sum = _mm512_fmadd_ps(value, value, sum);
         }
@@ -134,7 +140,10 @@ void left_coordinates(
           const int64_t j = (first + c) * kLane;
           const __mmask16 mask = lanes(n - j);
           __m512 held[kHeld];
-          for (int64_t i = 0; i < kHeld; ++i) held[i] = _mm512_maskz_loadu_ps(mask, rows[i] + j);
+          for (int64_t i = 0; i < kHeld; ++i) {
+            held[i] = _mm512_maskz_loadu_ps(mask, rows[i] + j);
+            _mm_prefetch(rows[i] + kHeld * n + j, _MM_HINT_T1);
+          }
           float* block = found + c * r * kLane;
           int64_t rho = 0;
           for (; rho + 4 <= r; rho += 4) add_rows<4>(held, mine + rho * kHeld, block + rho * kLane);
@@ -202,6 +211,8 @@ void right_coordinates(
           for (auto& one : row) one = _mm512_setzero_ps();
         const auto add = [&](int64_t j, __mmask16 mask) {
           __m512 direction[4];
+          if (rho == 0)
+            for (int i = 0; i < kLiftRows; ++i) _mm_prefetch(rows[i] + kLiftRows * n + j, _MM_HINT_T1);
           for (int p = 0; p < 4; ++p) direction[p] = _mm512_loadu_ps(q[p] + j);
           for (int i = 0; i < kLiftRows; ++i) {
             const __m512 value = _mm512_maskz_loadu_ps(mask, rows[i] + j);
@@ -318,7 +329,8 @@ struct Blend {
 };
 
 template <bool kGradient, bool kColumns, bool kWhole>
-inline void lift_tile(const Blend& blend, int64_t first, int64_t j, const float* a, int64_t r, const float* panel) {
+inline void lift_tile(
+    const Blend& blend, int64_t first, int64_t j, int64_t next, const float* a, int64_t r, const float* panel) {
   __m512 sum[kLiftRows][kPanelLanes], column[kPanelLanes];
   const __m512 shrink = _mm512_set1_ps(blend.shrink);
   __mmask16 masks[kPanelLanes];
@@ -347,7 +359,7 @@ inline void lift_tile(const Blend& blend, int64_t first, int64_t j, const float*
     __m512 b[kPanelLanes];
     for (int z = 0; z < kPanelLanes; ++z) b[z] = _mm512_load_ps(panel + k * kPanel + z * kLane);
     if (k < kLiftRows) {
-      const int64_t ahead = std::min(first + k, blend.m - 1) * blend.n + j + kPanel;
+      const int64_t ahead = next + k * blend.n;
       for (int z = 0; z < kPanelLanes; ++z) {
         _mm_prefetch(blend.w + ahead + z * kLane, _MM_HINT_T0);
         if constexpr (kGradient) _mm_prefetch(blend.g + ahead + z * kLane, _MM_HINT_T0);
@@ -378,10 +390,13 @@ void lift_all(const Blend& blend, const float* a, int64_t r, const float* panels
       for (int64_t tile = begin; tile < end; ++tile)
         for (int64_t p = start; p < std::min(start + together, count); ++p) {
           const float* panel = panels + p * kPanel * r;
+          const int64_t first = tile * kLiftRows, last = std::min(start + together, count) - 1;
+          const int64_t next = p < last ? first * blend.n + (p + 1) * kPanel  // what the next tile begins with
+                                        : (first + kLiftRows) * blend.n + start * kPanel;
           if ((p + 1) * kPanel <= blend.n)
-            lift_tile<kGradient, kColumns, true>(blend, tile * kLiftRows, p * kPanel, a, r, panel);
+            lift_tile<kGradient, kColumns, true>(blend, first, p * kPanel, next, a, r, panel);
           else
-            lift_tile<kGradient, kColumns, false>(blend, tile * kLiftRows, p * kPanel, a, r, panel);
+            lift_tile<kGradient, kColumns, false>(blend, first, p * kPanel, next, a, r, panel);
         }
   });
 }
