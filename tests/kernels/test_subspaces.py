@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from isogrid.kernels import native
-from isogrid.kernels.subspaces import channel_squares, coordinates, lift_, moments_, takes
+from isogrid.kernels.subspaces import channel_scales_, channel_squares, coordinates, lift_, moments_, takes
 from isogrid.optim import PRESETS, ProjectedAdamW
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="no native products on this machine")
@@ -39,7 +39,24 @@ def test_squares_of_channels(m: int, n: int, of_rows: bool, seed: int) -> None:
     wanted = g.double().square().sum(1 if of_rows else 0, keepdim=True)
     for given_ in (g, gaussian(n, m, seed=seed).mT):
         wanted = given_.double().square().sum(1 if of_rows else 0, keepdim=True)
-        assert_near(channel_squares(given_, of_rows), wanted, wanted)
+        squares, total = channel_squares(given_, of_rows)
+        assert_near(squares, wanted, wanted)
+        assert float(total) == pytest.approx(float(wanted.sum()), rel=1e-5)
+
+
+@settings(deadline=None, derandomize=True)
+@given(count=st.sampled_from([1, 15, 16, 17, 100]), by_row=st.booleans(), step=st.sampled_from([1, 7, 5000]))
+def test_scales_of_channels(count: int, by_row: bool, step: int) -> None:
+    shape = (count, 1) if by_row else (1, count)
+    squares, held = gaussian(*shape).square(), gaussian(*shape, seed=1).square()
+    mean = 0.99 * held.double() + 0.01 / 30 * squares.double()
+    wanted = 1 / ((mean / (1 - 0.99**step)).sqrt() + 1e-3)
+    version = held._version
+    scales, outer = channel_scales_(squares, held, beta2=0.99, count=30, step=step, eps=1e-3)
+    assert held._version > version
+    assert_near(held, mean, mean)
+    assert_near(scales, wanted, wanted)
+    assert float(outer) == pytest.approx(float((wanted.square() * squares).sum()), rel=1e-5)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -106,7 +123,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             w, m, v = gaussian(300, 500, seed=3), gaussian(20, 500, seed=4), gaussian(20, 500, seed=5).square()
-            found = [channel_squares(g, of_rows) for of_rows in (True, False)]
+            found = [channel_squares(g, of_rows)[0] for of_rows in (True, False)]
             found += [coordinates(g, left, True)[0], coordinates(g, right, False)[0]]
             found += [moments_(found[2], m, v, (0.9, 0.99), 1e-8)[0], m, v]
             results.append([*found, lift_(w, left, found[4], size=0.1, gradient=g, factor=found[0])])
@@ -126,7 +143,7 @@ def test_what_is_not_finite_shows(left: bool, bad: float) -> None:
         assert takes(g)
         _, squared = coordinates(g, torch.eye(13 if left else 17, 3), left)  # zeros against most entries
         assert not torch.isfinite(torch.tensor(squared))
-        assert not torch.isfinite(channel_squares(g, left).sum())
+        assert not torch.isfinite(torch.tensor(channel_squares(g, left)[1]))
 
 
 @needs_native

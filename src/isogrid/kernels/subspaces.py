@@ -36,21 +36,47 @@ def takes(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
-def channel_squares(gradient: Tensor, of_rows: bool) -> Tensor:
-    """Squared norms of the rows, ``(m, 1)``, or of the columns, ``(1, n)``.
+def channel_squares(gradient: Tensor, of_rows: bool) -> tuple[Tensor, Scalar]:
+    """Squared norms of the rows, ``(m, 1)``, or of the columns, ``(1, n)``, and their sum.
 
     Not finite where an entry is not, or where its square, which Adam forms anyway, is not.
     """
     if takes(gradient):
-        squares: Tensor = torch.ops.isogrid.channel_squares(gradient, of_rows)
-        return squares
+        found, total = torch.ops.isogrid.channel_squares(gradient, of_rows)
+        return found, total
     if of_rows or gradient.is_cuda:
-        return torch.linalg.vector_norm(gradient, dim=1 if of_rows else 0, keepdim=True).square()
+        squares = torch.linalg.vector_norm(gradient, dim=1 if of_rows else 0, keepdim=True).square()
+        return squares, scalar(squares.sum())
     # Down the columns torch's norm is slow on a CPU: squares are summed block by block, each within the cache.
     squares = gradient.new_zeros(1, gradient.shape[1])
     for block in gradient.split(max(1, CACHED // max(gradient.shape[1], 1))):
         squares += block.square().sum(0)
-    return squares
+    return squares, scalar(squares.sum())
+
+
+def channel_scales_(
+    squares: Tensor, held: Tensor, *, beta2: float, count: int, step: int, eps: float
+) -> tuple[Tensor, Scalar]:
+    """Update running mean squares of channels, ``q <- b2 q + (1 - b2) s / count``, and scale channels to unit size.
+
+    Args:
+        squares: s, squared norms of the channels.
+        held: q, updated in place.
+        beta2: b2.
+        count: numbers in a channel.
+        step: how many updates this one makes, from 1.
+        eps: added to the root.
+
+    Returns:
+        The scales ``a = 1 / (sqrt(q / (1 - b2^step)) + eps)``, and the sum of ``a² s``.
+    """
+    correction = 1 - beta2**step
+    if takes(squares, held):
+        found, total = torch.ops.isogrid.channel_scales_(squares, held, beta2, (1 - beta2) / count, correction, eps)
+        return found, total
+    held.mul_(beta2).add_(squares, alpha=(1 - beta2) / count)
+    scales = 1 / ((held / correction).sqrt() + eps)
+    return scales, scalar((scales.square() * squares).sum())
 
 
 def coordinates(gradient: Tensor, basis: Tensor, left: bool, scales: Tensor | None = None) -> tuple[Tensor, Scalar]:

@@ -32,8 +32,8 @@ class Work:
         bases: for each side of ``side``, ``(d, r)``.
         coordinates: of the gradient.
         squared: squared norm of the coordinates that are here.
-        squares: squared norms of the channels on the projected side, None where the residual rule needs none.
         scales: what normalises the channels, None where the residual rule doesn't.
+        outer: squared norm of the normalised gradient; on the left of the rows that are here.
         lost: what a change of basis took from the momentum, as lifts to subtract from the error.
     """
 
@@ -47,8 +47,8 @@ class Work:
     bases: dict[str, Tensor] = field(default_factory=dict)
     coordinates: Tensor = field(default_factory=lambda: torch.empty(0))
     squared: Scalar = 0.0
-    squares: Tensor | None = None
     scales: Tensor | None = None
+    outer: Scalar = 0.0
     lost: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
 
     @property

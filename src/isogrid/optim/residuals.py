@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isogrid.kernels.subspaces import Scalar, channel_squares
+from isogrid.kernels.subspaces import Scalar, channel_scales_, channel_squares
 from isogrid.optim.moments import State
 from isogrid.optim.sharding import GradientMatrix, local
 
@@ -71,7 +71,7 @@ def fira(
     share = scale if residual_of_scaled else 1.0
     inner = coordinates.norm(dim=dim, keepdim=True)
     factor = direction.norm(dim=dim, keepdim=True) / (inner + TINY)
-    outer = squared_norms(gradient, dim)
+    outer, _ = squared_norms(gradient, dim)
     left_over = (outer - share * (2 - share) * inner.square()).clamp(min=0)
     squared = (left_over * factor.square()).sum()
     norm = (squared if side == "left" else gradient.rows.sum(squared)).sqrt()
@@ -105,7 +105,7 @@ def apollo(
         scale_first: multiply before the limiter looks.
     """
     dim = 0 if side == "left" else 1
-    outer = squared_norms(gradient, dim)
+    outer, _ = squared_norms(gradient, dim)
     if per_channel:
         factor = direction.norm(dim=dim, keepdim=True) / (coordinates.norm(dim=dim, keepdim=True) + TINY)
     else:
@@ -119,8 +119,8 @@ def apollo(
     return Update(None, factor / limited(norm, state, growth) * scale**0.5)
 
 
-def channel_scales(squares: Tensor, count: int, state: State, beta2: float, eps: float) -> Tensor:
-    """Scales that bring every channel of the projected side to unit size.
+def channel_scales(squares: Tensor, count: int, state: State, beta2: float, eps: float) -> tuple[Tensor, Scalar]:
+    """Scales that bring every channel of the projected side to unit size, and the scaled gradient's squared norm.
 
     ``a_i = 1 / (sqrt(q_i / c2) + eps)`` with ``q`` the running mean square of channel i: row i for a left basis, column
     i for a right one (one side of Adafactor's second moment, Shazeer and Stern 2018).
@@ -133,8 +133,7 @@ def channel_scales(squares: Tensor, count: int, state: State, beta2: float, eps:
         eps: added to the root.
     """
     held = local(state["channel_sq"])
-    held.mul_(beta2).add_(squares, alpha=(1 - beta2) / count)
-    return 1 / ((held / (1 - beta2 ** (state["step"] + 1))).sqrt() + eps)
+    return channel_scales_(squares, held, beta2=beta2, count=count, step=state["step"] + 1, eps=eps)
 
 
 def normalized(
@@ -178,7 +177,7 @@ def normalized(
     return Update(kept.add_(coordinates, alpha=-factor), factor * scales)
 
 
-def squared_norms(gradient: GradientMatrix, dim: int) -> Tensor:
-    """Squared norms of the columns (dim 0, whole on every rank) or of the rows that are here (dim 1)."""
-    squares = channel_squares(gradient.values, dim == 1)
-    return gradient.rows.sum(squares) if dim == 0 else squares
+def squared_norms(gradient: GradientMatrix, dim: int) -> tuple[Tensor, Scalar]:
+    """Squared norms of the columns (dim 0, whole on every rank) or of the rows here (dim 1), and the overall one."""
+    squares, total = channel_squares(gradient.values, dim == 1)
+    return gradient.rows.sum(squares) if dim == 0 else squares, gradient.rows.sum_number(total, squares)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
+from isogrid.kernels.subspaces import Scalar, scalar
 
 DISTRIBUTED = torch.distributed.is_available()
 if DISTRIBUTED:
@@ -42,6 +43,17 @@ class Rows:
             tensor = tensor.contiguous()
             torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
+
+    def sum_number(self, number: Scalar, like: Tensor) -> Scalar:
+        """The sum over ranks of a number of each.
+
+        Args:
+            number: this rank's.
+            like: gives dtype and device of what travels.
+        """
+        if self.group is None:
+            return number
+        return scalar(self.sum(torch.as_tensor(number, dtype=like.dtype, device=like.device).clone()))
 
     def largest(self, tensor: Tensor) -> Tensor:
         """The largest over ranks of each entry."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isogrid.kernels.subspaces import Scalar, coordinates, lift_, moments_, scalar, squared_norm, takes
+from isogrid.kernels.subspaces import Scalar, coordinates, lift_, moments_, squared_norm, takes
 from isogrid.optim.bases import Work, load_bases, refresh
 from isogrid.optim.codes import round_stochastically
 from isogrid.optim.moments import MOMENTS, adam_directions, eps_of, read, step_size, write
@@ -56,15 +56,14 @@ def _prepare(work: Work) -> bool:
     residual, gradient = work.group["residual"], work.gradient
     if residual == "normalized":
         dim = 1 if work.side == "left" else 0
-        work.squares = squared_norms(gradient, dim)
-        total = work.squares.sum()
-        if not math.isfinite(float(gradient.rows.sum(total) if work.side == "left" else total)):
+        squares, total = squared_norms(gradient, dim)
+        if not math.isfinite(float(total)):
             return False
         if "channel_sq" not in work.state:
-            zeros = torch.zeros_like(work.squares)
+            zeros = torch.zeros_like(squares)
             work.state["channel_sq"] = work.share.wrap(zeros) if work.side == "left" else zeros
         beta2, eps = work.group["betas"][1], work.group["eps"]
-        work.scales = channel_scales(work.squares, gradient.shape[dim], work.state, beta2, eps)
+        work.scales, work.outer = channel_scales(squares, gradient.shape[dim], work.state, beta2, eps)
         return True
     if work.due or residual == "error_feedback":
         if not math.isfinite(float(gradient.rows.sum(overall_norm(gradient.values).square()))):
@@ -98,11 +97,7 @@ def _finite(works: Sequence[Work]) -> list[bool]:
 
 def _over_rows(work: Work, part: Scalar) -> Scalar:
     """The sum over ranks of a number that each has for its rows, where coordinates are sharded as the rows are."""
-    rows = work.gradient.rows
-    if work.side != "right" or rows.group is None:
-        return part
-    values = work.gradient.values
-    return scalar(rows.sum(torch.as_tensor(part, dtype=values.dtype, device=values.device).clone()))
+    return work.gradient.rows.sum_number(part, work.gradient.values) if work.side == "right" else part
 
 
 def _lift(work: Work, bases: dict[str, Tensor], coordinates: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,12 +157,11 @@ def _update(work: Work, found: Direction) -> Update:
     if residual == "normalized":
         step, (beta1, beta2) = work.state["moment_step"], group["betas"]
         inner, slow, fast = (_over_rows(work, part) for part in (work.squared, found.slow, found.fast))
-        assert work.squares is not None
         assert work.scales is not None
-        outer = (work.scales.square() * work.squares).sum()
+        outer = work.gradient.rows.sum_number(work.outer, work.scales) if work.side == "left" else work.outer
         return normalized(
             work.scales,
-            scalar(work.gradient.rows.sum(outer) if work.side == "left" else outer),
+            outer,
             inner,
             (slow**0.5 / (fast**0.5 + TINY)) / (1 - beta1**step),
             work.coordinates,

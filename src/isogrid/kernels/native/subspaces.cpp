@@ -8,6 +8,7 @@
 
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <optional>
 #include <tuple>
 
@@ -68,19 +69,20 @@ double squared_sum(const float* from, int64_t count) {
   return total;
 }
 
-// ---- squared norms of rows, (m, 1), or of columns, (1, n)
+// ---- squared norms of rows, (m, 1), or of columns, (1, n), and their sum
 
-Tensor channel_squares_cpu(const Tensor& g, bool of_rows) {
+std::tuple<Tensor, double> channel_squares_cpu(const Tensor& g, bool of_rows) {
   TORCH_CHECK(g.dim() == 2, "channel_squares: a matrix");
   const int64_t m = g.size(0), n = g.size(1);
   const float* from = numbers(g, "channel_squares: the gradient");
   Tensor found = at::empty({of_rows ? m : 1, of_rows ? 1 : n}, g.options());
   float* to = found.mutable_data_ptr<float>();
+  const auto and_sum = [&] { return std::tuple(found, std::accumulate(to, to + found.numel(), 0.0)); };
   if (of_rows) {
     at::parallel_for(0, m, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) to[i] = static_cast<float>(squared_sum(from + i * n, n));
     });
-    return found;
+    return and_sum();
   }
   at::parallel_for(0, (n + kLane - 1) / kLane, grain(m * kLane), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kLane, last = std::min(end * kLane, n);
@@ -99,7 +101,33 @@ Tensor channel_squares_cpu(const Tensor& g, bool of_rows) {
       }
     }
   });
-  return found;
+  return and_sum();
+}
+
+// q <- b2 q + share squares; 1 / (sqrt(q / correction) + eps), and the sum of squares times its square.
+std::tuple<Tensor, double> channel_scales_cpu(
+    const Tensor& squares, Tensor& held, double beta2, double share, double correction, double eps) {
+  TORCH_CHECK(squares.sizes() == held.sizes(), "channel_scales_: one shape");
+  const float* given = numbers(squares, "channel_scales_: squares");
+  float* mean = own_numbers(held, "channel_scales_: the mean squares");
+  Tensor scales = at::empty_like(squares);
+  float* to = scales.mutable_data_ptr<float>();
+  const __m512 kept = _mm512_set1_ps(static_cast<float>(beta2)), added = _mm512_set1_ps(static_cast<float>(share));
+  const __m512 over = _mm512_set1_ps(static_cast<float>(correction)), e = _mm512_set1_ps(static_cast<float>(eps));
+  double total = 0;
+  for (int64_t i = 0; i < squares.numel(); i += kLane) {
+    const __mmask16 mask = lanes(squares.numel() - i);
+    const __m512 square = _mm512_maskz_loadu_ps(mask, given + i);
+    const __m512 old = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, mean + i), kept);
+    const __m512 now = _mm512_fmadd_ps(square, added, old);
+    const __m512 root = _mm512_add_ps(_mm512_sqrt_ps(_mm512_div_ps(now, over)), e);
+    const __m512 scale = _mm512_maskz_div_ps(mask, _mm512_set1_ps(1.0f), root);
+    _mm512_mask_storeu_ps(mean + i, mask, now);
+    _mm512_mask_storeu_ps(to + i, mask, scale);
+    total += _mm512_reduce_add_ps(_mm512_mul_ps(_mm512_mul_ps(scale, square), scale));
+  }
+  held.unsafeGetTensorImpl()->bump_version();
+  return {scales, total};
 }
 
 // ---- coordinates on the left: R (r, n) = Q^T G, Q (m, r) the basis, its rows scaled
@@ -441,7 +469,9 @@ void lift_cpu(
 }
 
 TORCH_LIBRARY_FRAGMENT(isogrid, m) {
-  m.def("channel_squares(Tensor g, bool of_rows) -> Tensor");
+  m.def("channel_squares(Tensor g, bool of_rows) -> (Tensor, float)");
+  m.def("channel_scales_(Tensor squares, Tensor(a!) held, float beta2, float share, float correction, float eps) -> "
+        "(Tensor, float)");
   m.def("coordinates(Tensor g, Tensor basis, bool left, Tensor? scales) -> (Tensor, float)");
   m.def("moments_(Tensor coordinates, Tensor(a!) first, Tensor(b!) second, float beta1, float beta2, float eps) -> "
         "(Tensor, float, float)");
@@ -451,6 +481,7 @@ TORCH_LIBRARY_FRAGMENT(isogrid, m) {
 
 TORCH_LIBRARY_IMPL(isogrid, CPU, m) {
   m.impl("channel_squares", &channel_squares_cpu);
+  m.impl("channel_scales_", &channel_scales_cpu);
   m.impl("coordinates", &coordinates_cpu);
   m.impl("moments_", &moments_cpu);
   m.impl("lift_", &lift_cpu);
