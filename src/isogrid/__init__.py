@@ -2,7 +2,18 @@
 
 from isogrid.checkpoint import load, merge, save
 from isogrid.checkpoint.transformers_plugin import install as _install
-from isogrid.compress import CompressionReport, Milliseconds, Moments, collect_moments, compress, select_layers
+from isogrid.compress import (
+    CompressionReport,
+    Milliseconds,
+    Moments,
+    PruningReport,
+    TokenDistillation,
+    collect_moments,
+    compress,
+    prune,
+    prune_family,
+    select_layers,
+)
 from isogrid.errors import BudgetError, CheckpointError, IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import (
@@ -70,6 +81,7 @@ __all__ = [
     "Monarch",
     "Permuted",
     "Product",
+    "PruningReport",
     "Quantized",
     "SemiStructured",
     "Sparse",
@@ -77,6 +89,7 @@ __all__ = [
     "StructuredLinear",
     "Sum",
     "TensorTrain",
+    "TokenDistillation",
     "Traits",
     "TritPlanes",
     "collect_moments",
@@ -85,6 +98,8 @@ __all__ = [
     "deploy",
     "load",
     "merge",
+    "prune",
+    "prune_family",
     "save",
     "select_layers",
     "set_memory",

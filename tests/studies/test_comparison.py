@@ -1,16 +1,30 @@
 """Methods beside each other: sizes as stored, stacks, what can't be read, and rows that are kept."""
 
 import json
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+from isogrid.compress.structured_pruning import SavedTimes
+from isogrid.compress.structured_pruning.pruner import levels_of
 from isogrid.errors import IsogridError
+from isogrid.linear import find_coupled
 from isogrid.report import read_json
 from isogrid.studies import comparison
-from isogrid.studies.comparison import as_method, run_comparison
+from isogrid.studies.comparison import as_method, pruned_to, run_comparison
 from isogrid.studies.subjects import figure_of
 from tests import models
+
+
+def made_up(model):
+    """Times by width, so that no machine decides a test."""
+    saved = {
+        name: {units: 3 * (1 - units / module.units) for units in levels_of(module)}
+        for name, module in find_coupled(model).items()
+    }
+    return SavedTimes(14.0, saved)
 
 
 class Ruler:
@@ -73,12 +87,61 @@ def test_a_stack_of_steps_from_a_file(tmp_path, monkeypatch):
     assert read_json(tmp_path / "out" / "data.json")["rows"] == result["rows"]
 
 
+def test_pruning_alone_and_under_formats(tmp_path, monkeypatch):
+    """What a stack keeps is a share of the dense model's matrices, whatever pruning has left of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(comparison, "prune", partial(comparison.prune, times=made_up(models.llama())))
+    stack = tmp_path / "stack.json"
+    coded = "stored(inner=low_rank(rank=8), codes=trit_planes(group=16))"
+    prune = {"speedup": 1.5, "allocate": "errors", "bias": False}
+    found = {}
+    for last in ({"format": "low_rank", "keep": 0.3}, {"format": "low_rank", "bytes": 0.3}, {"format": coded}):
+        stack.write_text(json.dumps({"label": str(last), "steps": [prune, last]}))
+        options = {"calibration": models.tokens(16, 16, seed=0), "inputs": models.tokens(1, 16, seed=2), "repeats": 2}
+        result, _ = run(tmp_path, [pruned_to(1.5), str(stack)], **options)
+        found["pruned"], found[str(last)] = result["rows"]
+    pruned, by_share, by_bytes, coded_row = found.values()
+    assert pruned["label"] == "Pruned to 1.5×"
+    assert pruned["format"] == "dense, pruned"
+    # Biases that were gained count as parameters, not as matrices.
+    assert 0.3 < pruned["achieved_keep"] < pruned["parameters"] / result["dense"]["parameters"] < 1
+    assert pruned["predicted_speedup"] >= 1.5 - 1e-6
+    assert "predicted_speedup" not in by_share  # by times of dense layers: they know nothing of formats
+    for row in (by_share, by_bytes):
+        assert 0.2 < row["achieved_keep"] <= 0.3
+    assert 0 < coded_row["achieved_keep"] < pruned["achieved_keep"]
+    assert all(row["latency_ratio"] > 0 and row["seconds"] > 0 for row in found.values())
+    # Too large a share, no data, and formats before pruning.
+    cases = [
+        ([prune, {"format": "low_rank", "keep": 0.99}], {}, r"step 2: 0\.\d+ of the parameters are left before it"),
+        ([prune], {"calibration": None}, "step 1: pruning to a speedup measures .* give calibration"),
+        ([{"format": "low_rank", "keep": 0.3}, prune], {}, "step 2: .* prune first, then compress"),
+    ]
+    for steps, other, said in cases:
+        stack.write_text(json.dumps({"steps": steps}))
+        with pytest.raises(IsogridError, match=said):
+            run(tmp_path, [str(stack)], **(options | other))
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "docs" / "stacks").glob("*.json")), ids=str)
+def test_the_stacks_of_the_documents_can_be_read(file):
+    method = as_method(str(file))
+    assert method.label
+    assert len(method.steps) > 1
+
+
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(IsogridError, match="hashing"):
         as_method("hashing")
     file = tmp_path / "stack.json"
-    for described, said in (({"steps": []}, "list of formats"), ({"steps": [{"form": "low_rank"}]}, "step 0")):
+    cases = (
+        ({"steps": []}, "list of formats"),
+        ({"steps": [{"form": "low_rank"}]}, "step 0"),
+        ({"steps": [{"format": "low_rank", "speedup": 2}]}, "step 0 is .* or speedup, and maybe allocate"),
+        ({"steps": [{"speedup": "fast"}]}, "a speedup is a number above 1, got 'fast'"),
+    )
+    for described, said in cases:
         file.write_text(json.dumps(described))
         with pytest.raises(IsogridError, match=said):
             as_method(str(file))

@@ -2,12 +2,15 @@
 
 from isogrid.checkpoint.files import check_place, dense_copy, load, merge, save, write_folder
 from isogrid.checkpoint.layers import LayerEntry, describe_layers, mark_structured
+from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned
 
 __all__ = [
     "LayerEntry",
+    "PrunedEntry",
     "check_place",
     "dense_copy",
     "describe_layers",
+    "describe_pruned",
     "load",
     "mark_structured",
     "merge",

@@ -30,6 +30,7 @@ from isogrid.checkpoint.layers import (
     matrix_like,
     parse_config,
 )
+from isogrid.checkpoint.pruned import describe_pruned, padded, parse_pruned
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
 from isogrid.linear import StructuredLinear, check_memory, set_memory
@@ -109,6 +110,7 @@ def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.
             raise IsogridError(f"{folder} is a transformers checkpoint; load it without a model")
         if _is_structured(config):
             layers = parse_config(config["quantization_config"], str(folder))
+            parse_pruned(config["quantization_config"], str(folder))
             check_headers(layers, headers, str(folder), complete=False)
         # Never a question on the terminal whether code of the folder may run.
         options = {"trust_remote_code": False} | options
@@ -152,6 +154,8 @@ def merge(model: nn.Module) -> nn.Module:
 def dense_copy(model: Any) -> Any:
     """A dense transformers model that computes the same: structured layers multiplied out, the rest shared.
 
+    Pruned modules get zeros in the place of what they have lost, so that any reader of the architecture takes them.
+
     Raises:
         IsogridError: not a transformers model.
     """
@@ -176,6 +180,7 @@ def dense_copy(model: Any) -> Any:
             raise IsogridError(
                 f"layer {name!r} has gained a bias that a dense {type(place).__name__} here does not have"
             )
+    state = padded(state, skeleton, describe_pruned(model))
     missing, unexpected = skeleton.load_state_dict(state, strict=False, assign=True)
     skeleton.tie_weights()
     untied = [key for key in missing if key not in (getattr(skeleton, "all_tied_weights_keys", None) or {})]

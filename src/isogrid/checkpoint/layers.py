@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned
 from isogrid.errors import CheckpointError, IsogridError
 from isogrid.formats import Format, format_from_dict
 from isogrid.linear import StructuredLinear, check_memory, is_linear, linear_matrix
@@ -70,14 +71,16 @@ def describe_layers(model: nn.Module) -> dict[str, LayerEntry]:
     }
 
 
-def config_of(layers: Mapping[str, LayerEntry], default: Format | None = None) -> dict[str, Any]:
-    """The ``quantization_config`` of these layers."""
+def config_of(
+    layers: Mapping[str, LayerEntry], default: Format | None = None, pruned: Mapping[str, PrunedEntry] | None = None
+) -> dict[str, Any]:
+    """The ``quantization_config`` of these layers and pruned modules."""
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "default": None if default is None else default.to_dict(),
         "layers": {name: entry.to_dict() for name, entry in layers.items()},
-        "pruned": {},
+        "pruned": {name: entry.to_dict() for name, entry in (pruned or {}).items()},
     }
 
 
@@ -181,10 +184,17 @@ def _find_layer(model: nn.Module, name: str, prefix: str) -> str | None:
     return None
 
 
-def mark_structured(model: nn.Module, default: Format | None = None) -> None:
-    """Make a transformers model with structured layers save itself as one; any other model is left as it is.
+def mark_structured(
+    model: nn.Module, default: Format | None = None, pruned: Mapping[str, PrunedEntry] | None = None
+) -> None:
+    """Make a transformers model with structured or pruned layers save itself as one; any other is left as it is.
 
     Its config gets the ``quantization_config``, its state dict the empty marks.
+
+    Args:
+        model: any.
+        default: the format that most layers have.
+        pruned: its pruned modules; None: those that its config names.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
@@ -193,9 +203,10 @@ def mark_structured(model: nn.Module, default: Format | None = None) -> None:
     if default is None and isinstance(known, Mapping) and known.get("default"):
         default = format_from_dict(known["default"])
     layers = describe_layers(model)
-    if layers:
-        config.quantization_config = config_of(layers, default)
-        if not any(hook is _add_marks_hook for hook in model._state_dict_hooks.values()):
+    pruned = describe_pruned(model) if pruned is None else pruned
+    if layers or pruned:
+        config.quantization_config = config_of(layers, default, pruned)
+        if layers and not any(hook is _add_marks_hook for hook in model._state_dict_hooks.values()):
             model.register_state_dict_post_hook(_add_marks_hook)
     elif known is not None:
         del config.quantization_config

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from isogrid.checkpoint.headers import check_headers, check_inside, read_headers
+from isogrid.checkpoint.headers import TensorHeader, check_headers, check_inside, read_headers
 from isogrid.checkpoint.layers import (
     MARK,
     QUANT_METHOD,
@@ -24,6 +24,7 @@ from isogrid.checkpoint.layers import (
     mark_structured,
     parse_config,
 )
+from isogrid.checkpoint.pruned import attach_pruned, check_cut, parse_pruned
 from isogrid.errors import CheckpointError
 from isogrid.linear import StructuredLinear
 
@@ -131,14 +132,19 @@ def _register() -> None:
         ) -> None:
             source = model.config._name_or_path or "the checkpoint"
             layers = parse_config(self.quantization_config.to_dict(), source)
+            self.cut_layers = attach_pruned(model, parse_pruned(self.quantization_config.to_dict(), source), source)
+            headers: dict[str, TensorHeader] = {}
             if checkpoint_files:
                 files = [Path(file) for file in checkpoint_files]
                 # A name in an index may be absolute, so only the folder that was asked for tells what is inside. A
                 # model from the hub has no such folder; its files lie together in the cache.
                 asked = Path(model.config._name_or_path or "")
                 check_inside(files, asked if model.config._name_or_path and asked.is_dir() else files[0].parent)
-                check_headers(layers, read_headers(files), source, complete=False)
+                headers = read_headers(files)
+                check_headers(layers, headers, source, complete=False)
             resolved = attach_layers(model, layers, source)
+            self.cut_layers = [name for name in self.cut_layers if name not in resolved.values()]
+            check_cut(model, self.cut_layers, {name: one.shape for name, one in headers.items()}, source)
             ignored = {rf"(^|\.){re.escape(name)}\.{MARK}$" for name in (*resolved, *resolved.values(), *layers)}
             model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
 
@@ -150,6 +156,10 @@ def _register() -> None:
                 for key, value in (*module.named_parameters(), *module.named_buffers()):
                     if not value.is_meta and not getattr(value, "_is_hf_initialized", False):
                         raise CheckpointError(f"layer {name!r}: factor {key!r} was not in the checkpoint")
+            for name in self.cut_layers:
+                for key, value in model.get_submodule(name).named_parameters(recurse=False):
+                    if not value.is_meta and not getattr(value, "_is_hf_initialized", False):
+                        raise CheckpointError(f"layer {name!r}: {key!r} was not in the checkpoint")
             # From here on it is an ordinary model: .float(), Trainer and save_pretrained(state_dict=…) work.
             for attribute in ("hf_quantizer", "quantization_method"):
                 if hasattr(model, attribute):

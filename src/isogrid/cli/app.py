@@ -19,6 +19,7 @@ from isogrid.cli.evaluate import evaluate
 from isogrid.cli.formats import formats
 from isogrid.cli.inspect import inspect
 from isogrid.cli.memory import memory
+from isogrid.cli.prune import prune
 from isogrid.cli.report import report
 from isogrid.cli.study import study
 from isogrid.cli.tune import tune
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = (advise, compress, evaluate, compare, inspect, formats, demo, report, memory, bench, tune, study, doctor)
+VERBS = (advise, compress, prune, evaluate, compare, inspect, formats, demo, report, memory, bench, tune, study, doctor)
 for verb in VERBS:
     app.command()(verb)
 

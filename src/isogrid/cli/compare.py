@@ -11,6 +11,7 @@ from isogrid.cli.console import command_line, console, notes, plain
 from isogrid.cli.options import Data, Model, Quick, Seed
 from isogrid.errors import IsogridError
 
+# Where neither methods nor speedups are asked for.
 DEFAULT = ("low_rank", "low_rank_light", "blast", "monarch")
 
 
@@ -24,6 +25,10 @@ def compare(
         ),
     ] = None,
     keep: Annotated[float, typer.Option(help="Fraction of the selected matrices' bytes, in (0, 1).")] = 0.5,
+    speedup: Annotated[
+        list[float] | None,
+        typer.Option(help="A row of structured pruning to this speedup of the timed pass, above 1; repeatable."),
+    ] = None,
     parameters: Annotated[bool, typer.Option(help="--keep is a fraction of the parameters, not of the bytes.")] = False,
     calibrate: Annotated[
         str | None, typer.Option(help="Calibration: wikitext2:calibration, pydoc, sts:train, photographs, a text file.")
@@ -40,11 +45,13 @@ def compare(
     """Compress copies of a model by several methods and measure them: size, time, quality, minutes, memory."""
     from isogrid.cli.source import open_model
     from isogrid.report import console_table
-    from isogrid.studies.comparison import run_comparison
+    from isogrid.studies.comparison import pruned_to, run_comparison
     from isogrid.studies.subjects import Yardstick, calibration_data, timed_inputs
 
     if not 0 < keep < 1:
         raise IsogridError(f"--keep is a fraction in (0, 1), got {keep:g}")
+    if speedup and calibrate is None:
+        raise IsogridError("--speedup measures what structures are worth on data; give --calibrate")
     loaded, tokenizer = open_model(model)
     calibration: Any = None
     count = min(windows, 4) if quick else windows
@@ -59,7 +66,7 @@ def compare(
         loaded,
         tokenizer,
         model,
-        methods=method or DEFAULT,
+        methods=[*(method or (() if speedup else DEFAULT)), *(pruned_to(one) for one in speedup or ())],
         keep=keep,
         in_bytes=not parameters,
         calibration=calibration,

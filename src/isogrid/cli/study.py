@@ -25,7 +25,7 @@ def study(
         str | None,
         typer.Option(
             help="Of a study with parts; quality_ladder: formats, steps, stories, auto, welore; "
-            "trit_quality: encoder, stories, smollm."
+            "trit_quality: encoder, stories, smollm; structured_pruning: encoder, decoder."
         ),
     ] = None,
     keep: Annotated[float | None, typer.Option(help="Share of the parameters kept, of quality_ladder.")] = None,

@@ -3,7 +3,7 @@
 from isogrid.compress.advise import Advisor
 from isogrid.compress.allocate import allocate_uniform
 from isogrid.compress.calibrate import Moments, as_batches, collect_moments
-from isogrid.compress.distill import Distillation, distill
+from isogrid.compress.distill import Distillation, TokenDistillation, distill
 from isogrid.compress.estimate import estimate_seconds
 from isogrid.compress.milliseconds import Milliseconds
 from isogrid.compress.pipeline import AUTO, as_candidates, compress
@@ -11,6 +11,7 @@ from isogrid.compress.plan import Plan
 from isogrid.compress.recipes import EFFORTS, Effort, Prediction, Recipe
 from isogrid.compress.refine import BlockReport, Refinement
 from isogrid.compress.select import select_layers
+from isogrid.compress.structured_pruning import How, Pruner, PruningReport, prune, prune_family
 from isogrid.compress.summary import (
     CompressionReport,
     LayerReport,
@@ -29,13 +30,17 @@ __all__ = [
     "CompressionReport",
     "Distillation",
     "Effort",
+    "How",
     "LayerReport",
     "Milliseconds",
     "Moments",
     "Plan",
     "Prediction",
+    "Pruner",
+    "PruningReport",
     "Recipe",
     "Refinement",
+    "TokenDistillation",
     "allocate_uniform",
     "as_batches",
     "as_candidates",
@@ -47,6 +52,8 @@ __all__ = [
     "estimate_seconds",
     "freeze_other_than_low_rank",
     "low_rank_components",
+    "prune",
+    "prune_family",
     "select_layers",
     "stored_bytes",
     "structured_layers",

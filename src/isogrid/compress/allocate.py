@@ -7,6 +7,7 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,21 @@ class Option:
     format: Format
     cost: int
     error: float
+
+
+class Priced(Protocol):
+    """What can be chosen: something with a cost and an error, such as `Option`."""
+
+    @property
+    def cost(self) -> int:
+        """In whatever unit the budget has."""
+
+    @property
+    def error(self) -> float:
+        """What it adds to the sum that is to be small."""
+
+
+P = TypeVar("P", bound=Priced)
 
 
 def allocate_uniform(
@@ -128,7 +144,7 @@ def lagrangian_bound(options: Mapping[str, Sequence[Option]], budget: int) -> fl
     return best
 
 
-def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+def choose(options: Mapping[str, Sequence[P]], budget: int) -> dict[str, P]:
     """One option a layer, costs within the budget, errors with the least sum: a multiple-choice knapsack.
 
     Exact up to the rounding of costs, by dynamic programming (fitting theory 5.2); the rest that rounding leaves goes
@@ -160,7 +176,7 @@ def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Op
             pick[cost:] = torch.where(better, torch.tensor(index, dtype=torch.int16), pick[cost:])
         best = now
         picks.append(pick)
-    chosen: dict[str, Option] = {}
+    chosen: dict[str, P] = {}
     left = size - 1
     for name, pick in zip(reversed(list(options)), reversed(picks), strict=True):
         option = options[name][int(pick[left])]
@@ -170,7 +186,7 @@ def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Op
     return {name: chosen[name] for name in options}
 
 
-def _spend_rest(chosen: dict[str, Option], options: Mapping[str, Sequence[Option]], budget: int) -> None:
+def _spend_rest(chosen: dict[str, P], options: Mapping[str, Sequence[P]], budget: int) -> None:
     """Upgrade layers, the largest gain per parameter first, as long as the budget allows one."""
     left = budget - sum(option.cost for option in chosen.values())
     while True:

@@ -178,12 +178,13 @@ def _padded_texts(texts: Sequence[str], tokenizer: Any, length: int, rows_per_ba
     return out
 
 
-def forward_calls(model: nn.Module, batches: Sequence[Any]) -> list[Callable[[], Any]]:
-    """One callable per batch that runs the model on it, on the model's device."""
+def forward_calls(model: nn.Module, batches: Sequence[Any], **options: Any) -> list[Callable[[], Any]]:
+    """One callable per batch that runs the model on it, on the model's device, with further options of its forward."""
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
 
     # Keys and values of every layer, kept for a generation that never comes, would outweigh everything else.
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    extra |= options
 
     def call(index: int, batch: Any) -> Callable[[], Any]:
         def forward() -> Any:

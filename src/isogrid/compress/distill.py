@@ -28,6 +28,42 @@ class Distillation(Tuning):
     rate: float = 0.001
 
 
+@dataclass(frozen=True)
+class TokenDistillation(Distillation):
+    """Dense layers are trained too, and each token's hidden state after each block is to come near the original's.
+
+    ZipLM's loss (arXiv 2302.04089): predictions and tokens, without labels. Blocks need no mapping, since pruning
+    leaves their number and the hidden size as they are. Its weights and temperature are ours.
+
+    Attributes:
+        predictions: weight of the divergence of predictions, or where a model predicts nothing, of the squared relative
+            error of its rows' mean output: a sentence encoder's embedding.
+        tokens: weight of the squared relative errors of hidden states, mean over blocks and real tokens.
+        temperature: of the compared predictions.
+    """
+
+    predictions: float = 1.0
+    tokens: float = 0.5
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.predictions, self.tokens) < 0 or self.predictions + self.tokens == 0 or not self.temperature > 0:
+            raise IsogridError(
+                f"distillation takes weights of 0 or more, not both 0, and a positive temperature; got predictions="
+                f"{self.predictions:g}, tokens={self.tokens:g}, temperature={self.temperature:g}"
+            )
+
+    def loss(self, found: Any, wanted: Any, batch: Any) -> Tensor:
+        """Of a student's and a teacher's output for one batch, with their hidden states."""
+        total = self.predictions * _prediction_loss(found, wanted, batch, self.temperature) if self.predictions else 0.0
+        if self.tokens:
+            pairs = list(zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True))
+            losses = [row_loss(real_rows(ours, batch), real_rows(theirs, batch)) for ours, theirs in pairs]
+            total = total + self.tokens * torch.stack(losses).mean()
+        return torch.as_tensor(total)
+
+
 def original_view(model: nn.Module) -> nn.Module:
     """A copy of a model that shares its matrices and keeps its vectors: the teacher, nearly without memory.
 
@@ -45,20 +81,23 @@ def distill(
     settings: Distillation,
     *,
     seed: int = 0,
+    optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] | None = None,
     on_look: Callable[[int, float], None] | None = None,
 ) -> Tuned:
     """Train a compressed model in place towards a teacher's predictions on calibration batches.
 
     Args:
-        model: in eval mode; its structured layers and vectors are trained.
+        model: in eval mode; its structured layers and vectors are trained, with `TokenDistillation` its dense layers.
         teacher: the original model, in eval mode.
         batches: small ones: one pass over a batch, forward and back, is held in memory at once.
         settings: see `Distillation`.
         seed: of the order of windows.
+        optimizer: makes the optimizer of the trained parameters, or gives one whose state is carried on.
         on_look: called with (step, measure on the held-out windows).
 
     Returns:
-        What was reached: mean divergence in nats a token, or the relative error of outputs.
+        What was reached: mean divergence in nats a token, or the relative error of outputs; with `TokenDistillation`
+        its loss.
 
     Raises:
         IsogridError: fewer than two batches, or outputs that are no tensors.
@@ -68,27 +107,31 @@ def distill(
             f"distillation trains on some batches and holds out others, got {len(batches)}; give more windows"
         )
     places = range(len(batches))
-    student_runs, teacher_runs = forward_calls(model, batches), forward_calls(teacher, batches)
+    by_token = isinstance(settings, TokenDistillation)
+    options = {"output_hidden_states": True} if by_token else {}
+    student_runs, teacher_runs = (forward_calls(one, batches, **options) for one in (model, teacher))
+    between = settings.loss if isinstance(settings, TokenDistillation) else distance
 
     def loss(place: int) -> Tensor:
         with torch.no_grad():
             wanted = teacher_runs[place]()
-        return distance(student_runs[place](), wanted, batches[place])
+        return between(student_runs[place](), wanted, batches[place])
 
     @torch.no_grad()
     def measure(some: Sequence[int]) -> float:
         return sum(float(loss(place)) for place in some) / len(some)
 
-    with trainable(model) as parameters:
+    with trainable(model, matrices=by_token) as parameters:
         return tune(
             parameters,
             places,
             loss,
             measure,
             settings,
-            rows=lambda place: _tokens(batches[place]),
+            rows=lambda place: rows_of(batches[place]),
             seed=seed,
             seconds=None if settings.minutes is None else 60 * settings.minutes,
+            optimizer=None if optimizer is None else optimizer(parameters),
             on_look=on_look,
         )
 
@@ -104,13 +147,34 @@ def distance(found: Any, wanted: Any, batch: Any) -> Tensor:
     return row_loss(pair[0], pair[1])
 
 
+def _prediction_loss(found: Any, wanted: Any, batch: Any, temperature: float) -> Tensor:
+    """Divergence at a temperature, times its square to keep the gradients' size (Hinton et al. 2015), or `row_loss`."""
+    logits, truth = getattr(found, "logits", None), getattr(wanted, "logits", None)
+    if isinstance(logits, Tensor) and isinstance(truth, Tensor):
+        ours, theirs = (
+            (real_rows(one, batch) / temperature).log_softmax(-1, dtype=torch.float32) for one in (logits, truth)
+        )
+        return temperature**2 * nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    means = [_mean_rows(_outputs(one).to(torch.float32), batch) for one in (found, wanted)]
+    return row_loss(means[0], means[1])
+
+
+def _mean_rows(output: Tensor, batch: Any) -> Tensor:
+    """The mean of a row's outputs over its real tokens, ``(rows, n)``."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.shape != output.shape[:-1]:
+        return output.flatten(1, -2).mean(1) if output.ndim > 2 else output
+    real = mask.to(output).unsqueeze(-1)
+    return (output * real).sum(1) / real.sum(1).clamp_min(1)
+
+
 def _outputs(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         output = next((value for value in output.values() if isinstance(value, Tensor)), None)
     return first_tensor(output)
 
 
-def _tokens(batch: Any) -> int:
+def rows_of(batch: Any) -> int:
     """Rows of a batch: tokens of its first tensor of integers, or rows of features."""
     tensors = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
     first = next((value for value in tensors if isinstance(value, Tensor)), None)

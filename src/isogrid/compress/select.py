@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from isogrid.errors import IsogridError
-from isogrid.linear import StructuredLinear, is_linear
+from isogrid.linear import StructuredLinear, is_linear, linear_matrix
 
 
 def select_layers(
@@ -33,7 +33,13 @@ def select_layers(
         IsogridError: a pattern matches no layer (near names are suggested), a selected layer is tied, or nothing is
             left.
     """
-    linear = {name: module for name, module in model.named_modules() if name and is_linear(module)}
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and is_linear(module)
+        and linear_matrix(module).numel()  # nothing is left of a layer that was pruned away
+    }
     structured = sum(isinstance(module, StructuredLinear) for module in model.modules())
     if is_linear(model):
         raise IsogridError("this is a single layer; use StructuredLinear.from_linear, or put it into a module")

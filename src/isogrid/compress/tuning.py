@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import IsogridError
-from isogrid.linear import StructuredLinear
+from isogrid.linear import StructuredLinear, is_linear
 
 # Steps that are timed before the steps of a budget in minutes are known.
 TIMED_STEPS = 3
@@ -95,6 +95,7 @@ def tune(
     seed: int = 0,
     seconds: float | None = None,
     begun: float | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     on_look: Callable[[int, float], None] | None = None,
 ) -> Tuned:
     """Train parameters in place on some examples, judged by others.
@@ -109,6 +110,7 @@ def tune(
         seed: of the split and the order.
         seconds: time from ``begun`` on; None: no limit.
         begun: a ``time.perf_counter()``; None: now.
+        optimizer: one that `new_optimizer` made for these parameters, its state carried on; None: a new one.
         on_look: called with (step, measure).
     """
     begun = time.perf_counter() if begun is None else begun
@@ -116,8 +118,9 @@ def tune(
     trained, held = split(examples, settings.held_out, order)
     before = best = measure(held)
     state = [value.detach().clone() for value in parameters]
-    optimizer = torch.optim.AdamW(_groups(parameters, settings.rate), betas=BETAS, weight_decay=0.0)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    optimizer = optimizer or new_optimizer(parameters, settings.rate)
+    rates = {id(group["params"][0]): group["lr"] for group in _groups(parameters, settings.rate)}
+    peaks = [rates[id(group["params"][0])] for group in optimizer.param_groups]
     per_step = max(1, round(settings.rows / max(rows(trained[0]), 1)))
     source = _endless(trained, order)
     steps, step, kept, waited, marked = settings.steps, 0, 0, 0, before
@@ -152,6 +155,11 @@ def tune(
     return Tuned(before, best, step, kept, time.perf_counter() - begun)
 
 
+def new_optimizer(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """AdamW as `tune` uses it: one group a tensor."""
+    return torch.optim.AdamW(_groups(parameters, rate), betas=BETAS, weight_decay=0.0)
+
+
 def split(examples: Sequence[T], held_out: float, order: random.Random) -> tuple[list[T], list[T]]:
     """(trained on, held out), at random; without a part that is held out, both are all."""
     shuffled = order.sample(list(examples), len(examples))
@@ -162,15 +170,20 @@ def split(examples: Sequence[T], held_out: float, order: random.Random) -> tuple
 
 
 @contextmanager
-def trainable(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+def trainable(module: nn.Module, *, matrices: bool = False) -> Iterator[list[nn.Parameter]]:
     """The factors of structured layers and all vectors (norm gains, biases), as float32 leaves with gradients on.
+
+    With ``matrices`` also those of dense layers; embeddings, and heads that share theirs, stay.
 
     All other parameters are off inside. Flags, gradients and dtypes are as before afterwards.
     """
     chosen: dict[int, nn.Parameter] = {}
+    embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for part in module.modules():
+        layer = isinstance(part, StructuredLinear) or (matrices and is_linear(part))
         for value in part.parameters(recurse=False):
-            if value.is_floating_point() and (isinstance(part, StructuredLinear) or value.ndim <= 1):
+            wanted = (layer or value.ndim <= 1) and value.numel()  # nothing is left of a layer that was pruned away
+            if wanted and value.is_floating_point() and id(value) not in embeddings:
                 chosen[id(value)] = value
     flags = [(value, value.requires_grad, value.grad) for value in module.parameters()]
     tensors: list[Tensor] = [*module.parameters(), *module.buffers()]

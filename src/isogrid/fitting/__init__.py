@@ -10,6 +10,7 @@ from isogrid.fitting.pruning import PRUNERS, Kept, normalized, prune, pruned, re
 from isogrid.fitting.report import FitReport, OnStep, rank_bound, rank_errors
 from isogrid.fitting.shared_bases import shared_bases
 from isogrid.fitting.slices import fit_slices, project_slices
+from isogrid.fitting.structure_removal import Removal, kept_weights, removal_cost, removal_order, swapped
 from isogrid.fitting.supports import Groups, Pattern, sweep_supports
 from isogrid.fitting.sweep import Rounding, damped_moment, inverse_root, kept_of, largest_of_groups, sweep_columns
 
@@ -21,6 +22,7 @@ __all__ = [
     "Metric",
     "OnStep",
     "Pattern",
+    "Removal",
     "Rounding",
     "alternating_least_squares",
     "balance",
@@ -38,6 +40,7 @@ __all__ = [
     "fit_thoroughly",
     "inverse_root",
     "kept_of",
+    "kept_weights",
     "largest_of_groups",
     "leading_left",
     "low_rank",
@@ -48,8 +51,11 @@ __all__ = [
     "rank_bound",
     "rank_errors",
     "refitted",
+    "removal_cost",
+    "removal_order",
     "shared_bases",
     "squared_norm",
+    "swapped",
     "sweep_columns",
     "sweep_supports",
     "truncated_svd",

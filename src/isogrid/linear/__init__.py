@@ -1,21 +1,29 @@
 """The layer that holds one matrix in one format."""
 
 from isogrid.linear.convert import convert, deploy
+from isogrid.linear.coupled import Coupled, Producer, find_coupled
 from isogrid.linear.dense_layers import is_linear, linear_matrix
 from isogrid.linear.layer import StructuredLinear
 from isogrid.linear.memory import MEMORY, check_memory, set_memory
+from isogrid.linear.shrink import Cut, NoAttention, shrink
 from isogrid.linear.speed import prefers_dense, products, speed_table
 
 __all__ = [
     "MEMORY",
+    "Coupled",
+    "Cut",
+    "NoAttention",
+    "Producer",
     "StructuredLinear",
     "check_memory",
     "convert",
     "deploy",
+    "find_coupled",
     "is_linear",
     "linear_matrix",
     "prefers_dense",
     "products",
     "set_memory",
+    "shrink",
     "speed_table",
 ]

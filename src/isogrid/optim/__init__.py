@@ -10,6 +10,7 @@ from isogrid.optim.accounting import (
     refresh_flops,
     state_bytes,
 )
+from isogrid.optim.cuts import follow_cuts
 from isogrid.optim.groups import TrainerFactory, make_optimizer, projected_groups
 from isogrid.optim.presets import (
     PRESETS,
@@ -40,6 +41,7 @@ __all__ = [
     "apollo_mini",
     "default",
     "fira",
+    "follow_cuts",
     "galore",
     "golore",
     "ldadam",

@@ -98,6 +98,14 @@ def table_columns(data: Data) -> list[Column[Row]]:
         ("bytes", Column("Size", lambda row: format_bytes(row.get("bytes")))),
         ("gap", Column("Gap", lambda row: format_gap(row.get("gap")))),
         ("latency_ms", Column("Latency", lambda row: format_milliseconds(row.get("latency_ms")), wide=True)),
+        (
+            "requested_speedup",
+            Column("Speed asked", lambda row: format_ratio(row.get("requested_speedup"))),
+        ),
+        (
+            "predicted_speedup",
+            Column("Speed predicted", lambda row: format_ratio(row.get("predicted_speedup"))),
+        ),
         ("latency_ratio", Column("Speed", lambda row: format_ratio(row.get("latency_ratio")))),
         ("seconds", Column("Time", lambda row: format_duration(row.get("seconds")))),
         ("peak_memory", Column("Peak memory", lambda row: format_bytes(row.get("peak_memory")), wide=True)),
@@ -116,6 +124,7 @@ def table_legend(data: Data, *, wide: bool = True) -> str:
         (f"{capitalized(quality_name(data))} {better[0]}", better),
         ("Gap", "Gap: log(perplexity) − log(dense perplexity)" if quality_name(data) == "perplexity" else ""),
         ("Speed", "Speed: dense time over this time"),
+        ("Speed predicted", "Speed predicted: by times of modules, measured before"),
         ("Time", "Time: of the compression"),
     ]
     parts = [text for title, text in said if title in shown and text]

@@ -12,6 +12,7 @@ from isogrid.studies.sentence_encoder import run_sentence_encoder
 from isogrid.studies.solver_quality import run_solver_quality
 from isogrid.studies.sparsity import run_sparsity
 from isogrid.studies.sst2_finetuning import run_sst2_finetuning
+from isogrid.studies.structured_pruning import run_structured_pruning
 from isogrid.studies.time_budget import run_time_budget
 from isogrid.studies.trit_quality import run_trit_quality
 
@@ -28,6 +29,7 @@ STUDIES = {
     "solver_quality": run_solver_quality,
     "sparsity": run_sparsity,
     "sst2_finetuning": run_sst2_finetuning,
+    "structured_pruning": run_structured_pruning,
     "time_budget": run_time_budget,
     "trit_quality": run_trit_quality,
 }
@@ -46,6 +48,7 @@ __all__ = [
     "run_solver_quality",
     "run_sparsity",
     "run_sst2_finetuning",
+    "run_structured_pruning",
     "run_time_budget",
     "run_trit_quality",
 ]

@@ -1,7 +1,8 @@
 """Methods beside each other on one model: bytes, parameters, time of a pass, quality, minutes, memory.
 
-A method is a format under a budget, a format of a fixed size, or a stack of steps; each is applied to a fresh copy of
-the dense model, calibrated on the same data and measured by the same yardstick.
+A method is a format under a budget, a format of a fixed size, structured pruning to a speedup, or a stack of such
+steps; each is applied to a fresh copy of the dense model, calibrated on the same data and measured by the same
+yardstick.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from isogrid.compress import (
+    CompressionReport,
     Plan,
     compress,
     count_parameters,
@@ -27,6 +29,7 @@ from isogrid.compress import (
     structured_layers,
 )
 from isogrid.compress.milliseconds import measured_together
+from isogrid.compress.structured_pruning import How, PruningReport, prune
 from isogrid.errors import IsogridError
 from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
 from isogrid.formats import Budget, Format, as_format
@@ -35,24 +38,27 @@ from isogrid.report import format_keep, read_json, write_report
 from isogrid.studies.rows import Say, gap, heading, remembered
 from isogrid.studies.subjects import Yardstick, figure_of
 
-STEP_KEYS = ("format", "keep", "bytes", "anchor", "allocate", "solver", "refine", "distill")
+FORMAT_KEYS = ("format", "keep", "bytes", "anchor", "allocate", "solver", "refine", "distill")
+SPEEDUP_KEYS = ("speedup", "allocate", "trials", "train", "select", "criterion", "bias")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a method: a format for the matrices as they then are.
+    """One step of a method: a format for the matrices as they then are, or structured pruning.
 
     Attributes:
         format: spelled, several joined by "|", or "auto". A size in it ("low_rank(rank=64)") is taken as it is; one
-            left open is chosen by the budget.
+            left open is chosen by the budget. Empty: the step prunes.
         keep: fraction of the parameters of the matrices before the first step; None: of what the comparison asks for.
         bytes: instead, a fraction of their bytes.
-        options: of `compress`.
+        speedup: what the step prunes to, of a pass of the model as it was before this step.
+        options: of `compress`, or of `prune` and `How`.
     """
 
-    format: str
+    format: str = ""
     keep: float | None = None
     bytes: float | None = None
+    speedup: float | None = None
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -67,6 +73,8 @@ class Method:
 def as_method(spelled: str) -> Method:
     """A method from a format's spelling, or from a JSON file: ``{"label": …, "steps": [{"format": …, "keep": …}, …]}``.
 
+    A step of a file may prune instead, ``{"speedup": 1.25}``: before steps that write matrices in formats.
+
     Raises:
         IsogridError: neither; names what is amiss.
     """
@@ -76,17 +84,29 @@ def as_method(spelled: str) -> Method:
     described = read_json(Path(spelled))
     steps = described.get("steps")
     if not isinstance(steps, list) or not steps:
-        raise IsogridError(f'{spelled}: a stack has "steps", a list of formats with their budgets')
+        raise IsogridError(f'{spelled}: a stack has "steps", a list of formats with their budgets, or of speedups')
     found = []
     for number, step in enumerate(steps):
-        if not isinstance(step, Mapping) or "format" not in step or not {*step} <= {*STEP_KEYS}:
+        if not isinstance(step, Mapping) or not any(
+            keys[0] in step and {*step} <= {*keys} for keys in (FORMAT_KEYS, SPEEDUP_KEYS)
+        ):
             raise IsogridError(
-                f"{spelled}: step {number} is {step!r}; it has format, and maybe {', '.join(STEP_KEYS[1:])}"
+                f"{spelled}: step {number} is {step!r}; it has format, and maybe {', '.join(FORMAT_KEYS[1:])}; or "
+                f"speedup, and maybe {', '.join(SPEEDUP_KEYS[1:])}"
             )
-        _formats(str(step["format"]))
-        options = {key: value for key, value in step.items() if key not in ("format", "keep", "bytes")}
-        found.append(Step(str(step["format"]), step.get("keep"), step.get("bytes"), tuple(options.items())))
+        own = {key: step[key] for key in ("format", "keep", "bytes", "speedup") if key in step}
+        if "format" in own:
+            _formats(str(own["format"]))
+        elif not isinstance(own["speedup"], int | float):
+            raise IsogridError(f"{spelled}: step {number}: a speedup is a number above 1, got {own['speedup']!r}")
+        options = {key: value for key, value in step.items() if key not in own}
+        found.append(Step(**own, options=tuple(options.items())))
     return Method(str(described.get("label", Path(spelled).stem)), tuple(found))
+
+
+def pruned_to(speedup: float) -> Method:
+    """Structured pruning alone, in one shot."""
+    return Method(f"Pruned to {speedup:g}×", (Step(speedup=speedup),))
 
 
 def _formats(spelled: str) -> list[Format] | str:
@@ -99,7 +119,7 @@ def run_comparison(
     tokenizer: Any,
     name: str,
     *,
-    methods: Sequence[str],
+    methods: Sequence[str | Method],
     keep: float = 0.5,
     in_bytes: bool = True,
     calibration: Any = None,
@@ -118,13 +138,14 @@ def run_comparison(
         model: dense, in eval mode; left as it is.
         tokenizer: of it, or None.
         name: of the model.
-        methods: see `as_method`.
+        methods: see `as_method`, `pruned_to`.
         keep: fraction of the selected matrices' bytes, for formats whose size is open.
         in_bytes: False: of their parameters.
         calibration: see `compress`; None: plain fits.
         calibrated_on: the same in words.
         yardstick: how quality is measured.
-        inputs: one batch whose pass is timed; None: times are not measured.
+        inputs: one batch whose pass is timed; None: times are not measured, and steps that prune are to be fast on the
+            first row of the calibration data.
         repeats: timed passes of each model, in turns with the dense one.
         seed: of fits.
         command: for the page.
@@ -136,7 +157,7 @@ def run_comparison(
     Raises:
         IsogridError: a method can't be read, or can't be applied: names it.
     """
-    asked = [as_method(one) for one in methods]
+    asked = [as_method(one) if isinstance(one, str) else one for one in methods]
     yardstick = yardstick or Yardstick()
     dense_layers = select_layers(model)
     settings: dict[str, Any] = {
@@ -145,6 +166,7 @@ def run_comparison(
         "yardstick": {key: str(value) for key, value in vars(yardstick).items()},
         "keep": f"{keep:g} of the {'bytes' if in_bytes else 'parameters'} of the selected matrices",
         "repeats": repeats,
+        "inputs": None if inputs is None else str(getattr(inputs, "shape", type(inputs).__name__)),
         "seed": seed,
     }
     runs = Path("runs/compare") / name.replace("/", "_")
@@ -164,9 +186,15 @@ def run_comparison(
         forget_peak_memory()
         smaller = copy.deepcopy(model)
         seconds, warnings = 0.0, []
+        predicted = 1.0
         for number, step in enumerate(method.steps):
             try:
-                report = _apply(step, smaller, keep, in_bytes, calibration, tokenizer, seed)
+                report: CompressionReport | PruningReport
+                if step.speedup is None:
+                    report = _apply(step, smaller, dense_layers, keep, in_bytes, calibration, tokenizer, seed)
+                else:
+                    report = pruning = _prune(step, smaller, inputs, calibration, tokenizer, seed)
+                    predicted *= pruning.predicted
             except IsogridError as error:
                 raise IsogridError(f"{method.label}, step {number + 1}: {error}") from error
             seconds += report.seconds
@@ -175,9 +203,9 @@ def run_comparison(
         _, value, _ = figure_of(yardstick.measure(smaller, tokenizer, name))
         found = {
             "label": method.label,
-            "format": method.steps[-1].format,
+            "format": method.steps[-1].format or "dense, pruned",
             "calibrated": calibration is not None,
-            "requested_keep": keep,
+            "requested_keep": None if all(step.speedup is not None for step in method.steps) else keep,
             "achieved_keep": _stored(smaller, dense_layers) / _stored(model, dense_layers),
             "parameters": count_parameters(smaller) - count_parameters(model) + dense["parameters"],
             "bytes": stored_bytes(smaller),
@@ -186,6 +214,8 @@ def run_comparison(
             "peak_memory": peak,
             "warnings": warnings,
         }
+        if all(step.speedup is not None for step in method.steps):
+            found["predicted_speedup"] = predicted
         if figure == "perplexity":
             found["gap"] = gap(value, dense_value)
         if inputs is not None:
@@ -210,7 +240,7 @@ def run_comparison(
         "notes": [
             "Keep achieved: share of the selected matrices' bytes as stored, codes, masks and scales included.",
             "Speed: time of a pass of the dense model over this one's, measured in turns.",
-            "A format of a fixed size takes what it takes; others get the budget.",
+            "A format of a fixed size takes what it takes, pruning what its speedup leaves; others get the budget.",
         ],
     }
     write_report(result, out)
@@ -218,24 +248,48 @@ def run_comparison(
 
 
 def _apply(
-    step: Step, model: nn.Module, keep: float, in_bytes: bool, calibration: Any, tokenizer: Any, seed: int
-) -> Any:
+    step: Step,
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    keep: float,
+    in_bytes: bool,
+    calibration: Any,
+    tokenizer: Any,
+    seed: int,
+) -> CompressionReport:
     layers = select_layers(model)
     options: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "seed": seed, **dict(step.options)}
     formats = _formats(step.format)
     if not isinstance(formats, str) and len(formats) == 1 and _fixed(step.format, formats[0]):
         return compress(model, Plan(dict.fromkeys(layers, formats[0]), tuple(formats)), **options)
     if step.keep is not None or (step.bytes is None and not in_bytes):
-        return compress(model, formats, keep=keep if step.keep is None else step.keep, **options)
+        share = keep if step.keep is None else step.keep
+        left = dense_parameters(layers) / dense_parameters(dense)
+        if left <= share:
+            raise IsogridError(f"{left:.3f} of the parameters are left before it; keep {share:g} is not smaller")
+        return compress(model, formats, keep=share / left, **options)
     share = keep if step.bytes is None else step.bytes
-    matrices = [linear_matrix(layer) for layer in layers.values()]
+    matrices = [linear_matrix(layer) for layer in dense.values()]
     dtype = max((matrix.dtype for matrix in matrices), key=lambda one: one.itemsize)
     whole = sum(matrix.numel() * dtype.itemsize for matrix in matrices)
     return compress(model, formats, budget=Budget(bytes=int(share * whole), dtype=dtype), **options)
 
 
+def _prune(step: Step, model: nn.Module, inputs: Any, calibration: Any, tokenizer: Any, seed: int) -> PruningReport:
+    if calibration is None or step.speedup is None:
+        raise IsogridError("pruning to a speedup measures what structures are worth on data; give calibration")
+    options = dict(step.options)
+    how = How(**{key: options.pop(key) for key in ("criterion", "bias") if key in options})
+    return prune(
+        model, calibration, speedup=step.speedup, inputs=inputs, tokenizer=tokenizer, how=how, seed=seed, **options
+    )
+
+
 def _fixed(spelled: str, fmt: Format) -> bool:
     """Whether a format's size is given in its spelling, or it has none to choose."""
+    inner = getattr(fmt, "inner", None)
+    if isinstance(inner, Format):  # what wraps a format has its size
+        return _fixed(spelled, inner)
     if fmt.size_field is None:
         return type(fmt).sized is Format.sized
     return re.search(rf"\b{fmt.size_field}\s*=", spelled) is not None
@@ -243,11 +297,11 @@ def _fixed(spelled: str, fmt: Format) -> bool:
 
 def _stored(model: nn.Module, names: Mapping[str, nn.Module]) -> int:
     """Bytes of the selected matrices, in whatever form they are."""
-    structured = structured_layers(model)
+    structured, known = structured_layers(model), dict(model.named_modules())
     total = 0
     for name in names:
         if name in structured:
             total += sum(value.nbytes for value in structured[name].factors.values())
-        else:
-            total += linear_matrix(model.get_submodule(name)).nbytes
+        elif name in known:  # of a module that was pruned away nothing is left
+            total += linear_matrix(known[name]).nbytes
     return total

@@ -79,7 +79,7 @@ def _state_of_code() -> str:
     digest = hashlib.sha256()
     package = Path(isogrid.__file__).parent
     for room in ("compress", "data", "evaluation", "fitting", "formats", "kernels", "models", "optim", "training"):
-        for path in sorted((package / room).glob("*.py")):
+        for path in sorted((package / room).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -91,12 +91,12 @@ def figure_of(measured: Mapping[str, Any]) -> tuple[str, float, str]:
     raise IsogridError(f"nothing was measured: {dict(measured)}")
 
 
-def timed_inputs(model: Any, tokens: int) -> Any:
-    """One window of tokens for a model that takes tokens; None for others: a row of their calibration data is timed."""
+def timed_inputs(model: Any, tokens: int, rows: int = 1) -> Any:
+    """Windows of tokens for a model that takes tokens; None for others: a row of their calibration data is timed."""
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     if not isinstance(vocabulary, int):
         return None
-    return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def is_language_model(model: Any) -> bool:

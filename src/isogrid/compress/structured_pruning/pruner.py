@@ -1,0 +1,303 @@
+"""ZipLM: a transformer with fewer heads and channels, as fast as it is asked to be on this machine.
+
+Structures are found from the model (`isogrid.linear.find_coupled`), ordered in one pass over calibration data
+(`orders`), timed where they run (`times`), and shared out over the modules by a search (`search`). The order holds for
+all sizes, so that one pass gives a model for every speedup.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.checkpoint import PrunedEntry, describe_pruned, mark_structured
+from isogrid.compress.calibrate import as_batches, collect_moments, evaluation_mode, forward_calls
+from isogrid.compress.distill import distance, rows_of
+from isogrid.compress.milliseconds import one_row
+from isogrid.compress.structured_pruning.orders import How, Ordered, order_modules
+from isogrid.compress.structured_pruning.search import Found, Units, probed, search, solve
+from isogrid.compress.structured_pruning.summary import ModuleReport, PruningReport
+from isogrid.compress.structured_pruning.times import SavedTimes, measure_times
+from isogrid.compress.summary import count_parameters, stored_bytes
+from isogrid.errors import IsogridError, IsogridWarning
+from isogrid.linear import Coupled, find_coupled, shrink
+
+ALLOCATIONS = ("search", "errors", "uniform")
+# Widths that are offered: each this part of the one before.
+WIDTH_STEP = 0.9
+LEAST_WIDTH = 0.05
+# Widths are multiples of what products are blocked by, where there are many channels.
+MULTIPLES = ((512, 16), (128, 8))
+# Parts of a module's structures with which the model is asked what the rest is worth.
+PROBES = (0.5, 0.0)
+JUDGED_TOKENS = 2048
+
+
+class Pruner:
+    """Everything about a model that does not depend on the speedup, measured once.
+
+    Args:
+        model: a transformers model with modules that `find_coupled` knows; dense, or pruned before. It is left as it
+            is.
+        calibration: see `as_batches`; the more the better: rows beyond the number of channels.
+        inputs: one batch, of the size, length and dtype that the speedup is asked for; None: the first row of the data.
+        tokenizer: for texts.
+        length: window length in tokens, for texts.
+        how: see `How`.
+        select: patterns of module names, or "attention" and "feed_forward"; None: all.
+        times: a table measured before, on the dense model of the same sizes; None: it is measured.
+        repeats: of each timed call.
+        cached: keep measured times for the next call on this machine.
+        seed: of the search.
+        say: told what happens.
+
+    Raises:
+        IsogridError: unknown architecture, tied or non-finite weights, calibration that doesn't reach a module or is
+            not finite; names the layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Any,
+        *,
+        inputs: Any = None,
+        tokenizer: Any = None,
+        length: int = 512,
+        how: How | None = None,
+        select: str | Sequence[str] | None = None,
+        times: SavedTimes | None = None,
+        repeats: int = 9,
+        cached: bool = True,
+        seed: int = 0,
+        say: Callable[[str], object] = lambda _: None,
+    ) -> None:
+        if not hasattr(model, "save_pretrained"):
+            raise IsogridError(f"{type(model).__name__} is no transformers model; its config has to hold the sizes")
+        self.model, self.how, self.seed, self.say = model, how or How(), seed, say
+        self.modules = _selected(find_coupled(model), select)
+        self.batches = as_batches(calibration, tokenizer, length, training=True)
+        self.inputs = one_row(self.batches) if inputs is None else inputs
+        if times is None:
+            known = {name: levels_of(module) for name, module in self.modules.items()}
+            times = measure_times(model, self.modules, known, self.inputs, repeats=repeats, cached=cached, say=say)
+        self.times = times
+        say(f"calibrating {len(self.modules)} modules")
+        writers = {module.writer: model.get_submodule(module.writer) for module in self.modules.values()}
+        moments = collect_moments(model, writers, self.batches)
+        self.calibration = f"{moments.rows} rows, {moments.source}"
+        self.warnings = _few_rows(self.modules, moments.rows)
+        for message in self.warnings:
+            warnings.warn(message, IsogridWarning, stacklevel=2)
+        self.orders = order_modules(model, self.modules, moments, self.how)
+        # A model that was pruned before may only become smaller; modules that are gone stay so.
+        self._curves = {
+            name: {u: self.orders[name].error(u) for u in of if u <= self.modules[name].units}
+            if name in self.modules
+            else {0: 0.0}
+            for name, of in times.saved.items()
+        }
+        self._probed: tuple[dict[str, dict[int, float]], int] | None = None
+        self._judge = Judge(model, self.orders, self.batches, JUDGED_TOKENS)
+
+    def choose(self, speedup: float, *, allocate: str = "search", trials: int = 32) -> Found:
+        """How many structures each module keeps.
+
+        Args:
+            speedup: of a pass of the whole model, against the dense one.
+            allocate: "search", by what the model says of each module alone, then perturbed and judged as a whole;
+                "errors", the least sum of relative errors, without asking the model; "uniform", of all modules the same
+                part.
+            trials: perturbed sets that are judged.
+
+        Raises:
+            BudgetError: it can't be reached; names the largest that can.
+        """
+        if allocate not in ALLOCATIONS:
+            raise IsogridError(f"allocate is one of {', '.join(ALLOCATIONS)}, got {allocate!r}")
+        first = solve(self._curves, self.times, speedup)  # also says where nothing is fast enough
+        if allocate == "errors":
+            return Found(first)
+        if allocate == "uniform":
+            return Found(self._uniform(speedup))
+        with evaluation_mode(self.model), torch.no_grad():
+            if self._probed is None:
+                self.say(f"asking the model what each of {len(self.modules)} modules is worth")
+                probes = {name: _probes(of) for name, of in self._curves.items()}
+                self._probed = probed(self._curves, probes, self._judge)
+            costs, asked = self._probed
+            self.say(f"searching sizes for a speedup of {speedup:g}")
+            found = search([costs, self._curves], self.times, speedup, self._judge, trials=trials, seed=self.seed)
+        return Found(found.units, found.loss, found.first, found.judged + asked)
+
+    def loss(self, units: Units) -> float:
+        """Change of the model's output with modules cut to these numbers, as the search judges it."""
+        with evaluation_mode(self.model), torch.no_grad():
+            return self._judge(units)
+
+    def apply(self, found: Found, speedup: float, model: nn.Module | None = None) -> PruningReport:
+        """Cut a model, in place.
+
+        Args:
+            found: the sizes.
+            speedup: that was asked for, for the report.
+            model: a copy of the pruner's; None: itself, and the pruner is spent.
+
+        Returns:
+            The report, without measured times. What became of the parameters is in ``cuts``, for optimizers.
+        """
+        target: Any = self.model if model is None else model
+        entries = describe_pruned(target)
+        report = PruningReport(speedup, calibration=self.calibration, warnings=list(self.warnings))
+        report.dense_parameters, report.dense_bytes = count_parameters(target), stored_bytes(target)
+        report.base_milliseconds, report.predicted_milliseconds = self.times.base, self.times.predicted(found.units)
+        report.loss, report.first_loss, report.judged = found.loss, found.first, found.judged
+        numbers: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, module in self.modules.items():
+            units, order = found.units[name], self.orders[name]
+            known = entries.get(name, PrunedEntry(module.units, module.units))
+            if units < module.units:
+                order.polish(units)
+                numbers[name] = order.numbers(units)
+                gained = numbers[name][1] is not None and order.layer.bias is None
+                entries[name] = PrunedEntry(units, known.of, gained or known.bias)
+            saved = self.times.saved[name][units]
+            report.modules.append(ModuleReport(name, module.unit, units, known.of, order.error(units), saved))
+        # All numbers are there: from here nothing can fail.
+        self.cuts = []
+        for name, (weight, bias) in numbers.items():
+            kept = self.orders[name].kept(found.units[name])
+            self.cuts += shrink(target, self.modules[name], kept, weight=weight, bias=bias)
+        mark_structured(target, pruned=entries)
+        report.parameters, report.bytes = count_parameters(target), stored_bytes(target)
+        return report
+
+    def _uniform(self, speedup: float) -> Units:
+        """Of every module the same part, as large as the time allows."""
+        limit = self.times.base / speedup
+        fits = [
+            units
+            for share in sorted({units / max(of) for of in self._curves.values() if max(of) for units in of})
+            if self.times.predicted(units := self._at_share(share)) <= limit
+        ]
+        return fits[-1]
+
+    def _at_share(self, share: float) -> Units:
+        return {
+            name: min(of, key=lambda units: (abs(units - share * max(of)), -units)) for name, of in self._curves.items()
+        }
+
+
+class Judge:
+    """What a model's output changes by when some of its modules are cut: divergence in nats a token, or relative error.
+
+    Cut modules stand in at full size, with columns of zeros: the same numbers as smaller ones.
+
+    Args:
+        model: in eval mode while it judges; left as it is.
+        orders: of its modules.
+        batches: calibration data; so many are used that they have the tokens.
+        tokens: to judge by.
+    """
+
+    def __init__(self, model: nn.Module, orders: Mapping[str, Ordered], batches: Sequence[Any], tokens: int) -> None:
+        self._model, self._orders = model, orders
+        some: list[Any] = []
+        for batch in batches:
+            if sum(map(rows_of, some)) >= tokens:
+                break
+            some.append(batch)
+        self._batches = some
+        self._runs = forward_calls(model, some)
+        self._wanted: list[Any] = []
+        # Refits cost more than looking: kept up to the model's own size.
+        self._numbers: OrderedDict[tuple[str, int], tuple[Tensor, Tensor | None]] = OrderedDict()
+        self._room = stored_bytes(model)
+
+    def __call__(self, units: Mapping[str, int]) -> float:
+        """The loss with these numbers of structures; modules that aren't named are whole."""
+        if not self._wanted:
+            self._wanted = [run() for run in self._runs]
+        whole: list[tuple[nn.Module, Any, Any]] = []
+        try:
+            for name, kept in units.items():
+                order = self._orders.get(name)
+                if order is not None and kept < order.module.units:
+                    whole.append((order.layer, order.layer.weight, order.layer.bias))
+                    self._put(order, kept)
+            pairs = zip(self._runs, self._wanted, self._batches, strict=True)
+            losses = [float(distance(run(), wanted, batch)) for run, wanted, batch in pairs]
+        finally:
+            for layer, weight, bias in whole:
+                layer.weight, layer.bias = weight, bias
+        value = sum(losses) / len(losses)
+        return value if value == value else float("inf")
+
+    def _put(self, order: Ordered, kept: int) -> None:
+        weight, bias = self._found(order, kept)
+        layer = order.layer
+        full = weight.new_zeros(weight.shape[0], order.module.units * order.module.width)
+        full[:, order.module.columns(order.kept(kept)).to(full.device)] = weight
+        layer.weight = nn.Parameter(full if isinstance(layer, nn.Linear) else full.mT.contiguous(), False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias, False)
+
+    def _found(self, order: Ordered, kept: int) -> tuple[Tensor, Tensor | None]:
+        key = order.module.name, kept
+        if key not in self._numbers:
+            self._numbers[key] = order.numbers(kept)
+            while sum(weight.nbytes for weight, _ in self._numbers.values()) > self._room and len(self._numbers) > 1:
+                self._numbers.popitem(last=False)
+        self._numbers.move_to_end(key)
+        return self._numbers[key]
+
+
+def levels_of(module: Coupled) -> tuple[int, ...]:
+    """The sizes that a module is offered: every number of heads; widths in steps, and none."""
+    if module.kind == "attention":
+        return tuple(range(module.units, -1, -1))
+    multiple = next((multiple for least, multiple in MULTIPLES if module.units >= least), 1)
+    widths = [module.units]
+    share = WIDTH_STEP
+    while share >= LEAST_WIDTH:
+        width = multiple * max(round(share * module.units / multiple), 1)
+        if width < widths[-1]:
+            widths.append(width)
+        share *= WIDTH_STEP
+    return (*widths, 0)
+
+
+def _probes(of: Mapping[int, float]) -> list[int]:
+    """Of the sizes of one module those that the model is asked about."""
+    most = max(of)
+    return sorted({min(of, key=lambda units: abs(units - part * most)) for part in PROBES} - {most})
+
+
+def _selected(modules: Mapping[str, Coupled], select: str | Sequence[str] | None) -> dict[str, Coupled]:
+    if select is None:
+        return dict(modules)
+    found: dict[str, Coupled] = {}
+    for pattern in [select] if isinstance(select, str) else select:
+        hits = {
+            n: m for n, m in modules.items() if pattern in (m.kind, n.rpartition(".")[2]) or fnmatchcase(n, pattern)
+        }
+        if not hits:
+            raise IsogridError(f"no module matches {pattern!r}; there are {', '.join(list(modules)[:4])}, …")
+        found |= hits
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _few_rows(modules: Mapping[str, Coupled], rows: int) -> list[str]:
+    widest = max(modules.values(), key=lambda one: one.units * one.width)
+    if rows >= widest.units * widest.width:
+        return []
+    return [
+        f"{rows} calibration rows for the {widest.units * widest.width} inputs of {widest.writer!r}: what is removed "
+        "follows the sample; give 8 times as many rows as inputs"
+    ]

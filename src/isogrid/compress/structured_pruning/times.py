@@ -1,0 +1,229 @@
+"""How much time each module saves at each size, measured on this machine.
+
+A block of the model is timed as it is and with one module cut to each size, in turns, on the inputs that it gets in the
+model; so is the whole model beside its blocks. Time is never replaced by operation counts: it is flat below some widths
+and steps at the processor's tiles. Tables are kept in the user's cache, one file for a machine, a model and its inputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isogrid.compress.calibrate import forward_calls
+from isogrid.errors import IsogridError
+from isogrid.evaluation import Timing, evaluating, interleaved_medians
+from isogrid.kernels import cache_folder
+from isogrid.linear import Coupled, shrink
+from isogrid.report import read_json, write_json
+
+WARMUP = 2
+# Sizes timed in turns; the block as it is among them each time.
+TOGETHER = 8
+LEAST_SECONDS, MOST_REPEATS = 1.0, 101
+
+
+@dataclass(frozen=True)
+class SavedTimes:
+    """Milliseconds.
+
+    Attributes:
+        base: a pass of the dense model.
+        saved: by module, by structures kept: what the pass takes less; below 0 where it takes more.
+    """
+
+    base: float
+    saved: Mapping[str, Mapping[int, float]]
+
+    def predicted(self, units: Mapping[str, int]) -> float:
+        """A pass with these numbers of structures; modules that aren't named are dense."""
+        return self.base - sum(self.saved[name][kept] for name, kept in units.items())
+
+    def largest_speedup(self) -> float:
+        """What the smallest time that the table knows gives."""
+        least = self.base - sum(max(of.values()) for of in self.saved.values())
+        return self.base / least if least > 0 else float("inf")
+
+
+def measure_times(
+    model: nn.Module,
+    modules: Mapping[str, Coupled],
+    levels: Mapping[str, Sequence[int]],
+    inputs: Any,
+    *,
+    repeats: int = 9,
+    cached: bool = True,
+    say: Callable[[str], object] = lambda _: None,
+) -> SavedTimes:
+    """Time a model and its blocks.
+
+    Args:
+        model: dense; it is left as it is.
+        modules: see `find_coupled`.
+        levels: by module, the numbers of structures to time; the whole number costs nothing to ask for.
+        inputs: one batch as the model takes it: the batch size, length and dtype that the time counts for.
+        repeats: of each call, at least; medians count.
+        cached: take what was measured here before for the same model, inputs and threads, and keep what is measured.
+        say: told what happens.
+
+    Raises:
+        IsogridError: a module outside of the model's repeated blocks, or inputs that the model can't take.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name, module in modules.items():
+        kinds.setdefault(_kind(model, module, levels[name]), []).append(name)
+    place = _place(model, kinds, inputs)
+    known = read_json(place)["milliseconds"] if cached and place.is_file() else None
+    if known is None:
+        say(f"timing {sum(len(levels[names[0]]) for names in kinds.values())} sizes of {len(kinds)} kinds of modules")
+        known = _measured(model, modules, levels, kinds, inputs, repeats)
+        if cached:
+            write_json({"milliseconds": known}, place)
+    saved: dict[str, dict[int, float]] = {}
+    for number, names in enumerate(kinds.values()):
+        for name in names:
+            of = {units: known[f"{number} {units}"] for units in levels[name] if units != modules[name].units}
+            saved[name] = of | {modules[name].units: 0.0}
+    return SavedTimes(known["base"], {name: saved[name] for name in modules})
+
+
+def _measured(
+    model: nn.Module,
+    modules: Mapping[str, Coupled],
+    levels: Mapping[str, Sequence[int]],
+    kinds: Mapping[str, Sequence[str]],
+    inputs: Any,
+    repeats: int,
+) -> dict[str, float]:
+    """``{"base": ms, "<kind> <units>": ms saved}``."""
+    first = {number: modules[names[0]] for number, names in enumerate(kinds.values())}
+    blocks = {number: block_of(model, module.name) for number, module in first.items()}
+    calls = _captured(model, set(blocks.values()), inputs)
+    (run,) = forward_calls(model, [inputs])
+    found: dict[str, float] = {}
+    with evaluating(model):
+        dense = {place: partial(_call, model.get_submodule(place), *calls[place]) for place in calls}
+        together = _in_turns({"": run, **dense}, repeats)
+        found["base"] = together[""].median
+        for number, module in first.items():
+            place = blocks[number]
+            sizes = [units for units in levels[module.name] if units != module.units]
+            for begin in range(0, len(sizes), TOGETHER):
+                some = sizes[begin : begin + TOGETHER]
+                cut = {str(u): _cut_block(model.get_submodule(place), place, module, u) for u in some}
+                others = {key: partial(_call, block, *calls[place]) for key, block in cut.items()}
+                times = _in_turns({"": dense[place]} | others, repeats)
+                for units in some:
+                    # A quotient of calls in turns, in the milliseconds of blocks that ran in turns with the model.
+                    share = 1 - times[str(units)].median / times[""].median
+                    found[f"{number} {units}"] = together[place].median * share
+    return found
+
+
+def _in_turns(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Short calls are repeated more often: what else the machine does disturbs them more."""
+    begun = time.perf_counter()
+    for call in calls.values():
+        call()
+    once = time.perf_counter() - begun
+    more = min(int(LEAST_SECONDS / max(once, 1e-9)), MOST_REPEATS)
+    return interleaved_medians(calls, repeats=max(repeats, more), warmup=WARMUP)
+
+
+def _cut_block(block: nn.Module, place: str, module: Coupled, units: int) -> nn.Module:
+    """The block with one module of fewer structures; all other numbers are shared."""
+    shared: dict[int, Any] = {id(value): value for value in (*block.parameters(), *block.buffers())}
+    twin = copy.deepcopy(block, shared)  # a memo maps ids to what stands for them
+    inside = replace(
+        module,
+        name=module.name.removeprefix(f"{place}."),
+        producers=tuple(replace(one, layer=one.layer.removeprefix(f"{place}.")) for one in module.producers),
+        writer=module.writer.removeprefix(f"{place}."),
+        holder=module.holder.removeprefix(f"{place}."),
+    )
+    shrink(twin, inside, range(units))
+    return twin.eval()
+
+
+def _call(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return block(*args, **kwargs)
+
+
+def _captured(model: nn.Module, places: set[str], inputs: Any) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What blocks are called with in a pass."""
+    (run,) = forward_calls(model, [inputs])
+    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def watch(place: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault(place, (args, kwargs))
+
+        return hook
+
+    handles = [model.get_submodule(p).register_forward_pre_hook(watch(p), with_kwargs=True) for p in places]
+    try:
+        with evaluating(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = sorted(places - seen.keys())
+    if missing:
+        raise IsogridError(f"block {missing[0]!r} is not called by the inputs that are timed; give others")
+    return seen
+
+
+def block_of(model: nn.Module, name: str) -> str:
+    """The repeated block (an element of a ``nn.ModuleList``) that a module lies in.
+
+    Raises:
+        IsogridError: it lies in none.
+    """
+    lists = [place for place, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+    around = [place for place in lists if name.startswith(f"{place}.") or not place]
+    if not around:
+        raise IsogridError(f"module {name!r} is not in a repeated block (nn.ModuleList); its time can't be told apart")
+    place = max(around, key=len)
+    return f"{place}.{name.removeprefix(f'{place}.').partition('.')[0]}"
+
+
+def _kind(model: nn.Module, module: Coupled, levels: Sequence[int]) -> str:
+    """Modules of one kind take the same time at the same size."""
+    block = model.get_submodule(block_of(model, module.name))
+    shapes = [(key, tuple(value.shape), str(value.dtype)) for key, value in block.named_parameters()]
+    return json.dumps([module.kind, module.units, module.width, list(levels), type(block).__name__, shapes])
+
+
+def _place(model: nn.Module, kinds: Mapping[str, Sequence[str]], inputs: Any) -> Path:
+    """The file of these times: of this processor, version of torch, number of threads, model and form of inputs."""
+    described = [
+        torch.cpu.get_capabilities().get("cpu_name"),
+        torch.__version__,
+        torch.get_num_threads(),
+        next((str(value.device) for value in model.parameters()), "cpu"),
+        getattr(getattr(model, "config", None), "_attn_implementation", None),
+        {kind: len(names) for kind, names in kinds.items()},
+        _form(inputs),
+    ]
+    name = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    return cache_folder() / "modules" / f"{type(model).__name__}-{name}.json"
+
+
+def _form(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return [str(inputs.dtype), list(inputs.shape)]
+    if isinstance(inputs, Mapping):
+        return {key: _form(value) for key, value in inputs.items()}
+    if isinstance(inputs, tuple | list):
+        return [_form(value) for value in inputs]
+    return repr(inputs)
