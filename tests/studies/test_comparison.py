@@ -51,7 +51,7 @@ def run(tmp_path, methods, **options):
 def test_each_method_keeps_to_the_bytes_and_the_dense_model_stays(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result, ruler = run(
-        tmp_path, ["low_rank", "monarch", "low_rank(rank=3)", "low_rank | blast"], keep=0.5,
+        tmp_path, ["low_rank", "monarch", "low_rank(rank=3)", "low_rank | monarch"], keep=0.5,
         calibration=models.tokens(16, 16, seed=0), inputs=models.tokens(1, 16, seed=2), repeats=2,
     )  # fmt: skip
     assert ruler.calls == 5

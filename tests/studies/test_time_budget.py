@@ -42,10 +42,10 @@ def _watched(model, layers, inputs, repeats):
 
 
 class _Empty:
-    def times(self, *_):
+    def times(self, *_, bias):
         return None
 
-    def learn(self, *_):
+    def learn(self, *_, bias):
         pass
 
     def save(self):
