@@ -3,6 +3,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import isogrid
@@ -10,9 +12,11 @@ from isogrid import BudgetError, IsogridError, IsogridWarning, TokenDistillation
 from isogrid.checkpoint import describe_pruned
 from isogrid.compress import How, Pruner, collect_moments
 from isogrid.compress.structured_pruning import SavedTimes
+from isogrid.compress.structured_pruning import times as times_module
 from isogrid.compress.structured_pruning.orders import damped, order_modules
 from isogrid.compress.structured_pruning.pruner import levels_of
-from isogrid.compress.structured_pruning.times import block_of, measure_times
+from isogrid.compress.structured_pruning.times import block_of, falling, measure_times
+from isogrid.evaluation import Timing
 from isogrid.fitting import removal_cost
 from isogrid.linear import find_coupled, linear_matrix
 from tests import models
@@ -342,6 +346,36 @@ def test_times_are_measured_for_every_size_and_kept(tmp_path, monkeypatch):
     place.write_text("{")
     with pytest.raises(IsogridError, match="not JSON"):
         measure_times(model, modules, levels, inputs, repeats=1)
+
+
+def test_half_of_every_module_saves_what_the_whole_model_saves(monkeypatch):
+    """However fast blocks are alone: here cut ones take as long as before, and the model at a half 6 of 10."""
+    model = models.llama()
+    before = models.snapshot(model)
+    modules = find_coupled(model)
+    levels = {name: (module.units, module.units // 2, 0) for name, module in modules.items()}
+
+    def in_turns(calls, repeats):
+        return {key: Timing(10.0 if key == "" else 6.0 if key == "cut" else 4.0, 0.0, 0.0, repeats) for key in calls}
+
+    monkeypatch.setattr(times_module, "_in_turns", in_turns)
+    found = measure_times(model, modules, levels, models.token_batch(0, 1, 8), repeats=1, cached=False)
+    assert found.predicted({name: module.units // 2 for name, module in modules.items()}) == pytest.approx(6.0)
+    assert found.base == 10
+    models.assert_untouched(model, before)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12))
+def test_steady_times_fall_and_no_others_that_do_are_nearer(values):
+    found = falling(values)
+    assert all(then <= first + 1e-12 for first, then in itertools.pairwise(found))
+    if values == sorted(values, reverse=True):
+        assert found == values
+    # At the optimum of a convex problem: no step towards any other falling values comes nearer.
+    gap = torch.tensor(values, dtype=torch.float64) - torch.tensor(found, dtype=torch.float64)
+    for seed in range(4):
+        other = torch.randn(len(values), generator=models.generator(seed), dtype=torch.float64).sort(descending=True)
+        assert float(gap @ (other.values - torch.tensor(found, dtype=torch.float64))) <= 1e-9
 
 
 # Distillation.
