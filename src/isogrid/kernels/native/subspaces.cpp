@@ -347,41 +347,23 @@ void panels_of_columns(const float* b, int64_t r, int64_t n, float factor, float
     }
 }
 
-// What a step adds to W beside the product: W <- shrink W + row_i column_j G + A B.
+// What a step adds to W beside the product: W <- shrink W + factor G + A B, a factor for each row or for each column.
 struct Blend {
   float* w;
   const float* g;  // may be missing
   int64_t m, n;
   float shrink;
-  const float *of_rows, *of_columns;  // columns may be missing
+  const float *of_rows, *of_columns;  // one of them, where there is a gradient
 };
 
 template <bool kGradient, bool kColumns, bool kWhole>
 inline void lift_tile(
     const Blend& blend, int64_t first, int64_t j, int64_t next, const float* a, int64_t r, const float* panel) {
-  __m512 sum[kLiftRows][kPanelLanes], column[kPanelLanes];
-  const __m512 shrink = _mm512_set1_ps(blend.shrink);
-  __mmask16 masks[kPanelLanes];
-  for (int z = 0; z < kPanelLanes; ++z) masks[z] = kWhole ? 0xffff : lanes(blend.n - j - z * kLane);
-  if constexpr (kColumns)
-    for (int z = 0; z < kPanelLanes; ++z)
-      column[z] = _mm512_maskz_loadu_ps(masks[z], blend.of_columns + j + z * kLane);
+  __m512 sum[kLiftRows][kPanelLanes];
   const float* rows[kLiftRows];  // past the end the last one again, never stored
   for (int i = 0; i < kLiftRows; ++i) {
-    const int64_t row = std::min(first + i, blend.m - 1);
-    rows[i] = a + row * r;
-    const float* w = blend.w + row * blend.n + j;
-    for (int z = 0; z < kPanelLanes; ++z)
-      sum[i][z] = _mm512_mul_ps(
-          shrink, kWhole ? _mm512_loadu_ps(w + z * kLane) : _mm512_maskz_loadu_ps(masks[z], w + z * kLane));
-    if constexpr (kGradient) {
-      const float* g = blend.g + row * blend.n + j;
-      const __m512 factor = _mm512_set1_ps(blend.of_rows[row]);
-      for (int z = 0; z < kPanelLanes; ++z) {
-        const __m512 value = kWhole ? _mm512_loadu_ps(g + z * kLane) : _mm512_maskz_loadu_ps(masks[z], g + z * kLane);
-        sum[i][z] = _mm512_fmadd_ps(kColumns ? _mm512_mul_ps(factor, column[z]) : factor, value, sum[i][z]);
-      }
-    }
+    rows[i] = a + std::min(first + i, blend.m - 1) * r;
+    for (int z = 0; z < kPanelLanes; ++z) sum[i][z] = _mm512_setzero_ps();
   }
   for (int64_t k = 0; k < r; ++k) {
     __m512 b[kPanelLanes];
@@ -398,13 +380,30 @@ inline void lift_tile(
       for (int z = 0; z < kPanelLanes; ++z) sum[i][z] = _mm512_fmadd_ps(value, b[z], sum[i][z]);
     }
   }
-  for (int i = 0; i < kLiftRows && first + i < blend.m; ++i) {
+  // The weight and the gradient come last: their memory has had the product's time to arrive.
+  __mmask16 masks[kPanelLanes];
+  for (int z = 0; z < kPanelLanes; ++z) masks[z] = kWhole ? 0xffff : lanes(blend.n - j - z * kLane);
+  const auto load = [&](const float* from, int z) {
+    return kWhole ? _mm512_loadu_ps(from + z * kLane) : _mm512_maskz_loadu_ps(masks[z], from + z * kLane);
+  };
+  const __m512 shrink = _mm512_set1_ps(blend.shrink);
+  __m512 factor[kPanelLanes];
+  if constexpr (kColumns)
+    for (int z = 0; z < kPanelLanes; ++z) factor[z] = load(blend.of_columns + j, z);
+  ISOGRID_UNROLL
+  for (int i = 0; i < kLiftRows; ++i) {
+    if (first + i >= blend.m) continue;
     float* w = blend.w + (first + i) * blend.n + j;
+    const float* g = kGradient ? blend.g + (first + i) * blend.n + j : nullptr;
+    if constexpr (kGradient && !kColumns)
+      for (auto& one : factor) one = _mm512_set1_ps(blend.of_rows[first + i]);
     for (int z = 0; z < kPanelLanes; ++z) {
+      __m512 value = _mm512_fmadd_ps(shrink, load(w, z), sum[i][z]);
+      if constexpr (kGradient) value = _mm512_fmadd_ps(factor[z], load(g, z), value);
       if constexpr (kWhole)
-        _mm512_storeu_ps(w + z * kLane, sum[i][z]);
+        _mm512_storeu_ps(w + z * kLane, value);
       else
-        _mm512_mask_storeu_ps(w + z * kLane, masks[z], sum[i][z]);
+        _mm512_mask_storeu_ps(w + z * kLane, masks[z], value);
     }
   }
 }
@@ -451,10 +450,10 @@ void lift_cpu(
     const bool by_row = factor->dim() == 2 && factor->size(0) == m && factor->size(1) == 1;
     const bool by_column = factor->dim() == 2 && factor->size(0) == 1 && factor->size(1) == n && !by_row;
     TORCH_CHECK(by_row || by_column || factor->numel() == 1, "lift_: a factor for each row, each column, or all");
-    auto* rows = scratch.take<float>(m);
-    for (int64_t i = 0; i < m; ++i) rows[i] = by_column ? times : times * given[by_row ? i : 0];
-    blend.of_rows = rows;
-    blend.of_columns = by_column ? given : nullptr;
+    const int64_t channels = by_column ? n : m;
+    auto* factors = scratch.take<float>(channels);
+    for (int64_t i = 0; i < channels; ++i) factors[i] = times * given[by_row || by_column ? i : 0];
+    (by_column ? blend.of_columns : blend.of_rows) = factors;
   }
   auto* panels = scratch.take<float>(up(n, kPanel) * r);
   if (n % kPanel) std::fill(panels + n / kPanel * kPanel * r, panels + up(n, kPanel) * r, 0.0f);
