@@ -12,9 +12,11 @@ from isogrid import BudgetError, IsogridError, IsogridWarning, TokenDistillation
 from isogrid.checkpoint import describe_pruned
 from isogrid.compress import How, Pruner, collect_moments
 from isogrid.compress.structured_pruning import SavedTimes
+from isogrid.compress.structured_pruning import pruner as pruner_module
 from isogrid.compress.structured_pruning import times as times_module
 from isogrid.compress.structured_pruning.orders import damped, order_modules
 from isogrid.compress.structured_pruning.pruner import levels_of
+from isogrid.compress.structured_pruning.search import Found
 from isogrid.compress.structured_pruning.times import block_of, falling, measure_times
 from isogrid.evaluation import Timing
 from isogrid.fitting import removal_cost
@@ -182,6 +184,52 @@ def test_uniform_takes_the_same_share_of_all():
     shares = {chosen.units[name] / module.units for name, module in found.modules.items() if module.kind != "attention"}
     assert len(shares) == 1
     assert found.times.base / found.times.predicted(chosen.units) >= 1.5
+
+
+@pytest.mark.parametrize("allocate", ["search", "errors", "uniform"])
+@pytest.mark.parametrize("truth", [0.7, 1.2])
+def test_sizes_are_chosen_by_what_cut_models_take(monkeypatch, truth, allocate):
+    """The table says that modules save so much; in truth they save 0.7 or 1.2 of it."""
+    model = models.llama()
+    table = made_up(model)
+    true = SavedTimes(12.0, {name: {u: truth * ms for u, ms in of.items()} for name, of in table.saved.items()})
+    asked = []
+
+    def share_of_time(_, modules, units, inputs, repeats):
+        asked.append(units)
+        return true.predicted(units) / true.base
+
+    monkeypatch.setattr(pruner_module, "share_of_time", share_of_time)
+    found = Pruner(model, data("llama"), times=table, checks=3)
+    chosen = found.choose(1.3, allocate=allocate, trials=2)
+    assert true.base / true.predicted(chosen.units) >= 1.3 - 1e-6
+    assert found.times.predicted(chosen.units) == pytest.approx(true.predicted(chosen.units))
+    assert 1 <= len(asked) <= 5
+    # Without checks the table is taken at its word.
+    blind = Pruner(model, data("llama"), times=table)
+    units = blind.choose(1.3, allocate=allocate, trials=2).units
+    assert table.base / table.predicted(units) >= 1.3 - 1e-6
+    assert (true.base / true.predicted(units) >= 1.3) is (truth > 1)
+
+
+def test_pruned_models_are_timed_against_themselves(monkeypatch):
+    """A model at half its time is half of the table's base, whatever it takes now."""
+    model = models.llama()
+    table = made_up(model)
+    half = {name: next(iter(sorted(of)[len(of) // 2 :])) for name, of in table.saved.items()}
+    first = Pruner(model, data("llama"), times=table)
+    first.apply(Found(half), 1.5)
+    asked = []
+
+    def share_of_time(_, modules, units, inputs, repeats):
+        asked.append(units)
+        return 0.8
+
+    monkeypatch.setattr(pruner_module, "share_of_time", share_of_time)
+    again = Pruner(model, data("llama"), times=table, checks=1)
+    again.choose(1.1 * table.base / table.predicted(half), allocate="errors")
+    assert again.times.base == table.base
+    assert again.times.predicted(asked[0]) == pytest.approx(0.8 * table.predicted(half))
 
 
 def test_selected_modules_only():
@@ -356,7 +404,10 @@ def test_half_of_every_module_saves_what_the_whole_model_saves(monkeypatch):
     levels = {name: (module.units, module.units // 2, 0) for name, module in modules.items()}
 
     def in_turns(calls, repeats):
-        return {key: Timing(10.0 if key == "" else 6.0 if key == "cut" else 4.0, 0.0, 0.0, repeats) for key in calls}
+        return {
+            key: Timing(10.0 if key in ("", "whole") else 6.0 if key == "cut" else 4.0, 0.0, 0.0, repeats)
+            for key in calls
+        }
 
     monkeypatch.setattr(times_module, "_in_turns", in_turns)
     found = measure_times(model, modules, levels, models.token_batch(0, 1, 8), repeats=1, cached=False)

@@ -174,7 +174,7 @@ class _Study:
 
     @cached_property
     def by_magnitude(self) -> Pruner:
-        return self._pruner(How(criterion="magnitude"), times=self.pruner.times)
+        return self._pruner(How(criterion="magnitude"), times=self.pruner.times, checks=self.pruner.checks)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -251,6 +251,7 @@ class _Study:
             trials=self.trials,
             train=minutes,
             times=self.pruner.times,
+            checks=self.pruner.checks,
             repeats=self.repeats,
             **self.options,
         )

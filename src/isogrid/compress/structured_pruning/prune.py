@@ -13,7 +13,7 @@ from torch import nn
 from isogrid.compress.calibrate import evaluation_mode
 from isogrid.compress.distill import TokenDistillation, distill, original_view
 from isogrid.compress.milliseconds import measured_together
-from isogrid.compress.structured_pruning.pruner import Pruner
+from isogrid.compress.structured_pruning.pruner import CHECKS, Pruner
 from isogrid.compress.structured_pruning.summary import PruningReport
 from isogrid.compress.tuning import new_optimizer
 from isogrid.errors import IsogridError
@@ -98,6 +98,7 @@ def prune_family(
     # Dense layers take many steps to recover: minutes are all used, unless nothing is gained any more.
     settings = TokenDistillation(minutes=train, steps=MOST_STEPS) if isinstance(train, int | float) else train
     begun = time.perf_counter()
+    options.setdefault("checks", 0 if options.get("times") is not None else CHECKS)
     pruner = Pruner(model, calibration, **options)
     for speedup in asked:  # all are known to be in reach before the first is worked on
         pruner.choose(speedup, allocate="errors")

@@ -23,7 +23,7 @@ from isogrid.compress.milliseconds import one_row
 from isogrid.compress.structured_pruning.orders import How, Ordered, order_modules
 from isogrid.compress.structured_pruning.search import Found, Units, probed, search, solve
 from isogrid.compress.structured_pruning.summary import ModuleReport, PruningReport
-from isogrid.compress.structured_pruning.times import SavedTimes, measure_times
+from isogrid.compress.structured_pruning.times import SavedTimes, measure_times, share_of_time
 from isogrid.compress.summary import count_parameters, stored_bytes
 from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.linear import Coupled, find_coupled, shrink
@@ -37,6 +37,8 @@ MULTIPLES = ((512, 16), (128, 8))
 # Parts of a module's structures with which the model is asked what the rest is worth.
 PROBES = (0.5, 0.0)
 JUDGED_TOKENS = 2048
+# Tables add up what modules save alone; a cut model is timed so many times, until they agree with it this well.
+CHECKS, CLOSE = 3, 0.02
 
 
 class Pruner:
@@ -53,6 +55,8 @@ class Pruner:
         select: patterns of module names, or "attention" and "feed_forward"; None: all.
         times: a table measured before, on the dense model of the same sizes; None: it is measured.
         repeats: of each timed call.
+        checks: times that the table is corrected by a cut model's measured time before sizes are chosen; None: 3, and
+            none where ``times`` are given.
         cached: keep measured times for the next call on this machine.
         seed: of the search.
         say: told what happens.
@@ -74,6 +78,7 @@ class Pruner:
         select: str | Sequence[str] | None = None,
         times: SavedTimes | None = None,
         repeats: int = 9,
+        checks: int | None = None,
         cached: bool = True,
         seed: int = 0,
         say: Callable[[str], object] = lambda _: None,
@@ -84,10 +89,14 @@ class Pruner:
         self.modules = _selected(find_coupled(model), select)
         self.batches = as_batches(calibration, tokenizer, length, training=True)
         self.inputs = one_row(self.batches) if inputs is None else inputs
+        checks = (CHECKS if times is None else 0) if checks is None else checks
         if times is None:
             known = {name: levels_of(module) for name, module in self.modules.items()}
             times = measure_times(model, self.modules, known, self.inputs, repeats=repeats, cached=cached, say=say)
         self.times = times
+        self.checks, self._repeats = checks, repeats
+        # What the model's own modules are in the table: less than all where it was pruned before.
+        self._whole = {name: self.modules[name].units if name in self.modules else 0 for name in times.saved}
         say(f"calibrating {len(self.modules)} modules")
         writers = {module.writer: model.get_submodule(module.writer) for module in self.modules.values()}
         moments = collect_moments(model, writers, self.batches)
@@ -121,11 +130,12 @@ class Pruner:
         """
         if allocate not in ALLOCATIONS:
             raise IsogridError(f"allocate is one of {', '.join(ALLOCATIONS)}, got {allocate!r}")
-        first = solve(self._curves, self.times, speedup)  # also says where nothing is fast enough
+        first = self._checked(speedup)  # also says where nothing is fast enough
         if allocate == "errors":
             return Found(first)
         if allocate == "uniform":
-            return Found(self._uniform(speedup))
+            units = self._uniform(speedup)
+            return Found(units if not self.checks or self._agrees(units) else self._uniform(speedup))
         with evaluation_mode(self.model), torch.no_grad():
             if self._probed is None:
                 self.say(f"asking the model what each of {len(self.modules)} modules is worth")
@@ -133,8 +143,32 @@ class Pruner:
                 self._probed = probed(self._curves, probes, self._judge)
             costs, asked = self._probed
             self.say(f"searching sizes for a speedup of {speedup:g}")
-            found = search([costs, self._curves], self.times, speedup, self._judge, trials=trials, seed=self.seed)
-        return Found(found.units, found.loss, found.first, found.judged + asked)
+            for check in range(min(self.checks, 1) + 1):
+                found = search([costs, self._curves], self.times, speedup, self._judge, trials=trials, seed=self.seed)
+                asked += found.judged
+                if check == min(self.checks, 1) or self._agrees(found.units):
+                    break
+        return Found(found.units, found.loss, found.first, asked)
+
+    def _checked(self, speedup: float) -> Units:
+        """The sizes of the least sum of errors, by times that agree with what these sizes take."""
+        units = solve(self._curves, self.times, speedup)
+        for _ in range(self.checks):
+            if self._agrees(units):
+                break
+            units = solve(self._curves, self.times, speedup)
+        return units
+
+    def _agrees(self, units: Units) -> bool:
+        """Whether the table tells the time that these sizes take; where it does not, it is corrected."""
+        cut = {name: units[name] for name in self.modules}
+        share = share_of_time(self.model, self.modules, cut, self.inputs, self._repeats)
+        measured, said = share * self.times.predicted(self._whole), self.times.predicted(units)
+        self.say(f"these sizes take {measured:.4g} ms, said {said:.4g}")
+        if abs(measured / said - 1) < CLOSE:
+            return True
+        self.times = self.times.corrected(units, measured)
+        return False
 
     def loss(self, units: Units) -> float:
         """Change of the model's output with modules cut to these numbers, as the search judges it."""

@@ -33,6 +33,7 @@ WARMUP = 2
 WHOLE_REPEATS = 31
 # Sizes timed in turns; the block as it is among them each time.
 TOGETHER = 8
+MOST_CORRECTION = 2.0
 LEAST_SECONDS, MOST_REPEATS = 2.0, 101
 
 
@@ -51,6 +52,16 @@ class SavedTimes:
     def predicted(self, units: Mapping[str, int]) -> float:
         """A pass with these numbers of structures; modules that aren't named are dense."""
         return self.base - sum(self.saved[name][kept] for name, kept in units.items())
+
+    def corrected(self, units: Mapping[str, int], measured: float) -> SavedTimes:
+        """All that is saved in the proportion that makes these sizes take so many milliseconds.
+
+        No more than by a factor of `MOST_CORRECTION`: what is further off is no matter of proportion.
+        """
+        said, true = self.base - self.predicted(units), self.base - measured
+        factor = min(max(true / said, 1 / MOST_CORRECTION), MOST_CORRECTION) if said > 0 else 1.0
+        saved = {name: {kept: value * factor for kept, value in of.items()} for name, of in self.saved.items()}
+        return SavedTimes(self.base, saved)
 
     def largest_speedup(self) -> float:
         """What the smallest time that the table knows gives."""
@@ -133,7 +144,7 @@ def _measured(
             order = sorted(sizes)
             steady = falling([found[f"{number} {units}"] for units in order])
             found |= {f"{number} {units}": value for units, value in zip(order, steady, strict=True)}
-        scale = _whole_scale(model, modules, levels, kinds, found, run, inputs, repeats)
+        scale = _whole_scale(model, modules, levels, kinds, found, inputs, repeats)
     return {key: value if key == "base" else value * scale for key, value in found.items()}
 
 
@@ -143,25 +154,43 @@ def _whole_scale(
     levels: Mapping[str, Sequence[int]],
     kinds: Mapping[str, Sequence[str]],
     found: Mapping[str, float],
-    run: Callable[[], object],
     inputs: Any,
     repeats: int,
 ) -> float:
     """What the model saves with every module cut to about a half, over the sum of what the blocks alone save."""
-    shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    cut = copy.deepcopy(model, shared)
     summed = 0.0
+    halves = {}
     for number, names in enumerate(kinds.values()):
         for name in names:
-            module = modules[name]
-            _, units = min((abs(size - module.units / 2), size) for size in levels[name])
-            if units != module.units:
-                summed += found[f"{number} {units}"]
-                shrink(cut, module, range(units))
-    (run_cut,) = forward_calls(cut.eval(), [inputs])
-    times = _in_turns({"": run, "cut": run_cut}, max(repeats, WHOLE_REPEATS))
-    saved = found["base"] * (1 - times["cut"].median / times[""].median)
+            whole = modules[name].units
+            _, halves[name] = min((abs(size - whole / 2), size) for size in levels[name])
+            if halves[name] != whole:
+                summed += found[f"{number} {halves[name]}"]
+    saved = found["base"] * (1 - share_of_time(model, modules, halves, inputs, repeats))
     return saved / summed if min(saved, summed) > 0 else 1.0
+
+
+def share_of_time(
+    model: nn.Module, modules: Mapping[str, Coupled], units: Mapping[str, int], inputs: Any, repeats: int
+) -> float:
+    """A pass with modules cut to these numbers of structures over one of the model as it is, in turns.
+
+    Args:
+        model: left as it is; the cut one shares its numbers: which structures are cut does not matter to time.
+        modules: of it.
+        units: by module.
+        inputs: one batch.
+        repeats: of each pass, at least.
+    """
+    shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    cut = copy.deepcopy(model, shared)
+    for name, module in modules.items():
+        if units[name] < module.units:
+            shrink(cut, module, range(units[name]))
+    runs = {"whole": forward_calls(model, [inputs])[0], "cut": forward_calls(cut.eval(), [inputs])[0]}
+    with evaluating(model):
+        times = _in_turns(runs, max(repeats, WHOLE_REPEATS))
+    return times["cut"].median / times["whole"].median
 
 
 def falling(values: Sequence[float]) -> list[float]:
