@@ -1,6 +1,6 @@
 """Structured matrices for efficient deep learning: one interface for every format, on the models people have."""
 
-from isogrid.checkpoint import load, merge, save
+from isogrid.checkpoint import deploy, load, merge, save, set_memory
 from isogrid.checkpoint.transformers_plugin import install as _install
 from isogrid.compress import (
     CompressionReport,
@@ -46,7 +46,7 @@ from isogrid.formats import (
     Traits,
     TritPlanes,
 )
-from isogrid.linear import StructuredLinear, convert, deploy, set_memory
+from isogrid.linear import StructuredLinear, convert
 
 _install()
 

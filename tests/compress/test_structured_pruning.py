@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -469,3 +470,72 @@ def test_gone_modules_keep_their_place_in_the_hidden_states():
     found = outputs(model, batch)
     assert len(found.hidden_states) == len(outputs(teacher, batch).hidden_states)
     assert torch.isfinite(TokenDistillation().loss(found, outputs(teacher, batch), batch))
+
+
+def test_modules_that_are_not_selected_stay_whole_in_the_table():
+    model = models.llama()
+    table = made_up(model)
+    found = Pruner(model, data("llama"), times=table, select="feed_forward")
+    chosen = found.choose(1.3, allocate="errors")
+    report = found.apply(chosen, 1.3)
+    assert {one.name for one in report.modules} == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    saved = sum(table.saved[one.name][one.units] for one in report.modules)
+    assert report.predicted_milliseconds == pytest.approx(table.base - saved)
+    assert report.predicted >= 1.3 - 1e-6
+    narrow = SavedTimes(table.base, {name: of for name, of in table.saved.items() if name.endswith("mlp")})
+    with pytest.raises(IsogridError, match=r"module 'model\.layers\.0\.self_attn' is not in the given times"):
+        Pruner(models.llama(), data("llama"), times=narrow)
+
+
+def test_a_module_that_is_gone_leaves_the_optimizer_of_a_gradual_run():
+    model = models.llama()
+    asked = [1.5, 2.5, 4.5]
+    family = prune_family(
+        model, data("llama"), speedups=asked, gradual=True, train=BRIEF, in_place=True, times=made_up(model),
+        allocate="errors", repeats=1,
+    )  # fmt: skip
+    reports = [report for _, report in family]
+    assert [report.speedup for report in reports] == asked
+    assert any(one.units == 0 for one in reports[-1].modules)
+
+
+def test_answers_of_a_judge_that_are_not_finite_keep_the_budget(monkeypatch):
+    model = models.llama()
+    found = pruner(model)
+    monkeypatch.setattr(pruner_module.Judge, "__call__", lambda self, units: float("inf"))
+    for speedup in (1.2, 1.8):
+        chosen = found.choose(speedup, trials=2)
+        assert found.times.base / found.times.predicted(chosen.units) >= speedup - 1e-6
+
+
+def test_a_model_that_cannot_be_trained_afterwards_is_not_cut():
+    model = models.llama()
+    before = models.snapshot(model)
+    with pytest.raises(IsogridError, match="the calibration has 1; give more"):
+        prune(model, data("llama", 1), speedup=1.3, times=made_up(model), train=BRIEF)
+    models.assert_untouched(model, before)
+
+
+def test_tables_of_another_vocabulary_are_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("ISOGRID_CACHE", str(tmp_path))
+    for vocabulary in (64, 128):
+        model = models.llama()
+        model.resize_token_embeddings(vocabulary)
+        modules = find_coupled(model)
+        levels = {name: (module.units, 0) for name, module in modules.items()}
+        measure_times(model, modules, levels, models.token_batch(0, 1, 8), repeats=1)
+    assert len(list((tmp_path / "modules").iterdir())) == 2
+
+
+def test_blocks_that_are_the_feed_forward_themselves():
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=16,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    modules = find_coupled(model)
+    levels = {name: (module.units, module.units // 2, 0) for name, module in modules.items()}
+    found = measure_times(model, modules, levels, models.token_batch(0, 1, 8), repeats=1, cached=False)
+    assert set(found.saved) == set(modules)
+    report = prune(model, data("llama"), speedup=1.2, times=made_up(model), allocate="errors", repeats=1)
+    assert report.parameters < report.dense_parameters

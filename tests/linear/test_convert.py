@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from isogrid import (
     BlockDense,
@@ -20,7 +19,6 @@ from isogrid import (
     StructuredLinear,
     TensorTrain,
     convert,
-    deploy,
 )
 
 PAIRS = [
@@ -137,24 +135,3 @@ def test_only_square_circulants_are_rewritten_as_products():
     found = Circulant().rewritten(fmt, {"kernel": torch.ones(8)}, 8, 8)
     assert found is not None
     assert found[0] == Product((Permuted(Monarch(2, rank=2)), Permuted(Monarch(2, rank=2))), (16,))
-
-
-def test_deployed_models_compute_the_same_without_caps():
-    source = torch.Generator().manual_seed(0)
-    formats = (Capped(LowRank(3)), Permuted(Capped(Monarch(2))), LowRank(4))
-    model = nn.Sequential(
-        *(
-            StructuredLinear(12, 12, fmt, bias=k > 0, dtype=torch.float64, generator=source)
-            for k, fmt in enumerate(formats)
-        )
-    )
-    model[0].product = "structured"
-    x = torch.randn(5, 12, dtype=torch.float64, generator=source)
-    before = model(x)
-    assert deploy(model) == ["0", "1"]
-    assert [layer.format for layer in model] == [LowRank(3), Permuted(Monarch(2)), LowRank(4)]
-    assert model[0].product == "structured"
-    assert torch.allclose(model(x), before, rtol=1e-12, atol=1e-12)
-    model(x).sum().backward()
-    assert all(value.grad is not None for value in model.parameters())
-    assert deploy(model) == []

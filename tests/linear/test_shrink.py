@@ -221,3 +221,12 @@ def test_a_weight_of_another_size():
     with pytest.raises(IsogridError, match=r"down_proj' becomes 32 x 2, its weight is \(32, 3\)"):
         shrink(model, find_coupled(model)["model.layers.0.mlp"], [0, 1], weight=torch.zeros(32, 3))
     models.assert_untouched(model, before)
+
+
+def test_a_bias_of_another_size_is_refused():
+    model = models.llama()
+    one = next(iter(find_coupled(model).values()))
+    before = models.snapshot(model)
+    with pytest.raises(IsogridError, match=r"its bias is \(3,\)"):
+        shrink(model, one, [0], bias=torch.zeros(3))
+    models.assert_untouched(model, before)

@@ -252,3 +252,10 @@ def test_half_a_file_is_no_table(tmp_path):
     place = tmp_path / "speed.json"
     place.write_text('{"layers": {"a')
     assert SpeedTable(place).times("monarch", 1, 1, torch.float32, 1) is None
+
+
+def test_a_misspelt_product_is_no_dense_one():
+    one = layer()
+    one.product = "strucured"
+    with pytest.raises(IsogridError, match="product is 'auto', 'structured' or 'dense', got 'strucured'"):
+        one(torch.randn(3, one.in_features))

@@ -179,3 +179,12 @@ def test_report_counts_what_is_projected_and_warns_of_nothing():
     assert "3 of 6 parameters projected" in ProjectedAdamW(projected_groups(model), rank=2).report()
     with pytest.warns(IsogridWarning, match="plain AdamW"):
         ProjectedAdamW(model.parameters(), rank=None).report()
+
+
+def test_finite_gradients_whose_squares_leave_float16_are_stepped_by():
+    parameter = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.float16))
+    parameter.grad = torch.full_like(parameter, 1000.0)
+    optimizer = ProjectedAdamW([parameter], lr=0.1, rank=None)
+    optimizer.step()
+    assert optimizer.skipped == 0
+    assert float(parameter.abs().min()) > 0

@@ -282,3 +282,15 @@ def test_no_warning_is_raised_by_ordinary_steps():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, 3)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_codes_of_numbers_of_one_sign_keep_them(bits, sign):
+    """The zero point lies within the codes: numbers far from zero on one side need zero among them."""
+    from isogrid.optim.codes import decode_affine, encode_affine
+
+    values = sign * (1 + 0.1 * torch.rand(65, 4, generator=torch.Generator().manual_seed(0)))
+    codes, scale, zero = encode_affine(values, bits)
+    found = decode_affine(codes, scale, zero, bits, (65, 4), torch.float32)
+    assert float((found - values).abs().max()) <= float(values.abs().max()) / (2**bits - 1)

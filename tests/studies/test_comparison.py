@@ -149,3 +149,18 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         run(tmp_path, ["low_rank"], keep=0.001)
     with pytest.raises(IsogridError, match="nothing was measured"):
         figure_of({})
+
+
+def test_another_model_of_the_same_name_is_measured_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, ["low_rank"], keep=0.5)
+    again, ruler = run(tmp_path, ["low_rank"], keep=0.5)
+    assert ruler.calls == 0
+    build = models.llama
+    changed = build()
+    with torch.no_grad():
+        changed.lm_head.weight.mul_(2)
+    monkeypatch.setattr(models, "llama", lambda: changed)
+    other, ruler = run(tmp_path, ["low_rank"], keep=0.5)
+    assert ruler.calls == 2
+    assert other["dense"]["quality"] != again["dense"]["quality"]

@@ -1,6 +1,6 @@
 """Save and load models with structured layers, as Hugging Face models are."""
 
-from isogrid.checkpoint.files import check_place, dense_copy, load, merge, save, write_folder
+from isogrid.checkpoint.files import check_place, dense_copy, deploy, load, merge, save, set_memory, write_folder
 from isogrid.checkpoint.layers import LayerEntry, describe_layers, mark_structured
 from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned
 
@@ -9,11 +9,13 @@ __all__ = [
     "PrunedEntry",
     "check_place",
     "dense_copy",
+    "deploy",
     "describe_layers",
     "describe_pruned",
     "load",
     "mark_structured",
     "merge",
     "save",
+    "set_memory",
     "write_folder",
 ]

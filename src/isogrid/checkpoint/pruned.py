@@ -133,6 +133,10 @@ def padded(state: Mapping[str, Tensor], skeleton: nn.Module, entries: Mapping[st
         for producer in one.producers:
             _pad(out, skeleton, producer.layer, rows=producer.rows(one.units, kept))
         _pad(out, skeleton, one.writer, columns=one.columns(kept))
+        if entry.units == 0 and one.kind == "attention":  # its norms are gone, too
+            like = next(iter(out.values()))
+            for key, value in skeleton.get_submodule(one.holder).named_parameters():
+                out.setdefault(f"{one.holder}.{key}", torch.ones(value.shape, dtype=like.dtype, device=like.device))
     return out
 
 

@@ -67,6 +67,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove heads, channels and whole modules until the model is as fast as asked for, measured on this machine."""
+    from torch import Tensor
+
     from isogrid.checkpoint import check_place, save
     from isogrid.cli.source import open_model
     from isogrid.compress.structured_pruning import How, prune_family
@@ -89,6 +91,13 @@ def prune(
     loaded, tokenizer = open_model(model, dtype=dtype)
     windows, trials = (min(windows, 8), min(trials, 4)) if quick else (windows, trials)
     found: Any = calibration_data(calibrate, loaded, tokenizer, windows=windows, length=length, data_dir=data)
+    inputs = timed_inputs(loaded, tokens or length, batch)
+    if inputs is None and isinstance(found, Tensor):  # pictures
+        if len(found) < batch:
+            raise IsogridError(
+                f"--batch {batch} is timed on calibration data, which has {len(found)}; give --windows more"
+            )
+        inputs = found[:batch]
     begun = time.perf_counter()
     rows: list[dict[str, Any]] = []
     family = prune_family(
@@ -100,7 +109,7 @@ def prune(
         trials=trials,
         train=train if gradual is None else gradual,
         in_place=gradual is not None or len(speedups) == 1,
-        inputs=timed_inputs(loaded, tokens or length, batch),
+        inputs=inputs,
         tokenizer=tokenizer,
         length=length,
         how=How(criterion=criterion, bias=bias),

@@ -176,6 +176,8 @@ def choose(options: Mapping[str, Sequence[P]], budget: int) -> dict[str, P]:
             pick[cost:] = torch.where(better, torch.tensor(index, dtype=torch.int16), pick[cost:])
         best = now
         picks.append(pick)
+    if not math.isfinite(float(best[-1])):
+        raise IsogridError("the errors of the options are not finite; no choice is the best")
     chosen: dict[str, P] = {}
     left = size - 1
     for name, pick in zip(reversed(list(options)), reversed(picks), strict=True):

@@ -31,7 +31,7 @@ from isogrid.compress.summary import CompressionReport, LayerReport, count_param
 from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.fitting import Metric
 from isogrid.formats import Budget, Dense, Format, as_format
-from isogrid.linear import StructuredLinear, check_memory, linear_matrix, set_memory
+from isogrid.linear import StructuredLinear, check_memory, limit_memory, linear_matrix
 
 # What `format="auto"` chooses from: the formats whose calibrated fits have won on some kind of layer.
 AUTO = ("low_rank_light", "blast", "monarch", "block_tensor_train")
@@ -238,7 +238,7 @@ def compress(
         for message in report.warnings:  # inside: a caller's filter may make them errors
             warnings.warn(message, IsogridWarning, stacklevel=2)
         for name in layers:
-            set_memory(model.get_submodule(name), memory)
+            limit_memory(model.get_submodule(name), memory)
         mark_structured(model, formats[0] if len(formats) == 1 else None)
     except BaseException:
         for name, module in layers.items():

@@ -1,10 +1,10 @@
 """The layer that holds one matrix in one format."""
 
-from isogrid.linear.convert import convert, deploy
+from isogrid.linear.convert import convert
 from isogrid.linear.coupled import Coupled, Producer, find_coupled
 from isogrid.linear.dense_layers import is_linear, linear_matrix
 from isogrid.linear.layer import StructuredLinear
-from isogrid.linear.memory import MEMORY, check_memory, set_memory
+from isogrid.linear.memory import MEMORY, check_memory, limit_memory
 from isogrid.linear.shrink import Cut, NoAttention, shrink
 from isogrid.linear.speed import prefers_dense, products, speed_table
 
@@ -17,13 +17,12 @@ __all__ = [
     "StructuredLinear",
     "check_memory",
     "convert",
-    "deploy",
     "find_coupled",
     "is_linear",
+    "limit_memory",
     "linear_matrix",
     "prefers_dense",
     "products",
-    "set_memory",
     "shrink",
     "speed_table",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from isogrid.errors import IsogridError
 from isogrid.fitting import widened
@@ -79,33 +79,6 @@ def convert(
     stored = {name: value.to(like.device, specs[name].dtype or like.dtype) for name, value in factors.items()}
     bias = None if layer.bias is None else layer.bias.detach().clone()
     return StructuredLinear.from_factors(fmt, stored, *sizes, bias=bias).train(layer.training), error
-
-
-@torch.no_grad()
-def deploy(model: nn.Module) -> list[str]:
-    """Put the inference form of their factors into a model's structured layers, in place; it computes the same.
-
-    Caps and gains, which training needs, are folded into the factors (`Format.deploy`). Training goes on from the new
-    factors as from any others.
-
-    Returns:
-        The names of the layers that have another format now.
-    """
-    found: dict[str, StructuredLinear] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, StructuredLinear):
-            sizes = module.out_features, module.in_features
-            form, factors = module.format.deploy(module.factors, *sizes)
-            if form == module.format:
-                continue
-            bias = None if module.bias is None else module.bias.detach()
-            held = {key: value.detach() for key, value in factors.items()}
-            layer = StructuredLinear.from_factors(form, held, *sizes, bias=bias)
-            layer.product, layer.small_memory = module.product, module.small_memory
-            found[name] = layer.train(module.training)
-    for name, layer in found.items():
-        model.set_submodule(name, layer)
-    return list(found)
 
 
 def _sizable(fmt: Format) -> Format | None:

@@ -42,7 +42,7 @@ class Producer:
     def rows(self, units: int, kept: Tensor) -> Tensor:
         """The outputs that belong to some of ``units`` structures."""
         within = _columns(kept, self.width)
-        return (torch.arange(self.parts)[:, None] * units * self.width + within).flatten()
+        return (torch.arange(self.parts, device=within.device)[:, None] * units * self.width + within).flatten()
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Coupled:
 
 
 def _columns(kept: Tensor, width: int) -> Tensor:
-    return (kept[:, None] * width + torch.arange(width)).flatten()
+    return (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
 
 
 def find_coupled(model: nn.Module) -> dict[str, Coupled]:
@@ -233,7 +233,8 @@ def _refuse_extras(name: str, module: nn.Module, layers: Mapping[str, nn.Module]
     """Norms over one head are the same for all; anything larger would have to be cut too."""
     known = {id(value) for layer in layers.values() for value in layer.parameters()}
     for key, value in module.named_parameters():
-        if id(value) not in known and tuple(value.shape) != (head,):
+        # A number for each head may look like one over a head where there are as many: that one is in a norm.
+        if id(value) not in known and not (tuple(value.shape) == (head,) and "." in key):
             raise IsogridError(
                 f"attention {name!r} has a parameter {key!r} {tuple(value.shape)} that heads may share; "
                 "how it is cut is not known here"

@@ -204,6 +204,8 @@ class StructuredLinear(nn.Module):
         out, "dense" rules it in; with ``small_memory`` it is out whatever else is said. A layer of codes is never
         multiplied densely unasked: its memory is what it is for.
         """
+        if self.product not in ("auto", "structured", "dense"):
+            raise IsogridError(f"product is 'auto', 'structured' or 'dense', got {self.product!r}")
         if self.small_memory:
             return "structured"
         if self.product != "auto":

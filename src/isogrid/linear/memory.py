@@ -10,7 +10,7 @@ from isogrid.linear.layer import StructuredLinear
 MEMORY = ("fast", "small")
 
 
-def set_memory(model: nn.Module, memory: str) -> nn.Module:
+def limit_memory(model: nn.Module, memory: str) -> nn.Module:
     """Let a model's structured layers keep what makes them fast, or nothing beside their factors.
 
     Args:

@@ -129,6 +129,8 @@ def _columns_kept(
 ) -> nn.Module:
     out = linear_matrix(layer).shape[0]
     own: Any = layer.bias
+    if bias is not None and tuple(bias.shape) != (out,):
+        raise IsogridError(f"layer {name!r} has {out} outputs, its bias is {tuple(bias.shape)}")
     new = _layer_like(layer, out, len(columns), own is not None or bias is not None)
     if weight is not None:
         if tuple(weight.shape) != (out, len(columns)):

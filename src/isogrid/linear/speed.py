@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 import isogrid.kernels
+from isogrid.errors import IsogridWarning
 from isogrid.kernels import cache_folder
 from isogrid.kernels.native.build import unsuitable
 
@@ -96,11 +98,14 @@ class SpeedTable:
         """Write the file, whole or not at all; what other processes have written meanwhile stays."""
         for key, points in self._read().items():
             self._known[key] = points | self._known.get(key, {})
-        self.place.parent.mkdir(parents=True, exist_ok=True)
         described: dict[str, Any] = {"torch": torch.__version__, "products": self.products, "layers": self._known}
-        with tempfile.NamedTemporaryFile("w", dir=self.place.parent, suffix=".json", delete=False) as file:
-            json.dump(described, file, indent=1)
-        os.replace(file.name, self.place)
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=self.place.parent, suffix=".json", delete=False) as file:
+                json.dump(described, file, indent=1)
+            os.replace(file.name, self.place)
+        except OSError as error:  # what was measured serves this process all the same
+            warnings.warn(f"measured times are not kept: {error}", IsogridWarning, stacklevel=2)
 
 
 def _key(label: str, out_features: int, in_features: int, dtype: torch.dtype, bias: bool) -> str:

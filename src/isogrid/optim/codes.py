@@ -100,7 +100,7 @@ def encode_affine(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of ``bits`` bits (4: two in a byte), with float32 scale and zero point per 256 consecutive values.
 
     ``s = (max - min) / (2^b - 1)``, at least 1e-5; ``z = clamp(-round(min / s))``; ``code = clamp(round(w / s) + z)``
-    (Q-GaLore, Zhang et al. 2024). The last group is filled up with its last value.
+    (Q-GaLore, Zhang et al. 2024), with ``min <= 0 <= max``. The last group is filled up with its last value.
     """
     flat = values.reshape(-1)
     short = -len(flat) % BLOCK
@@ -108,7 +108,8 @@ def encode_affine(values: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         flat = torch.cat([flat, flat[-1:].expand(short)])
     groups = flat.view(-1, BLOCK)
     top = 2**bits - 1
-    low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+    # Zero is among the values: a group of one sign would be cut to the zero point's range.
+    low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
     scale = ((high - low) / top).clamp(min=1e-5)
     zero = (-(low / scale).round()).clamp(0, top)
     codes = ((groups / scale).round() + zero).clamp(0, top).to(torch.uint8).view(-1)

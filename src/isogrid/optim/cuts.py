@@ -37,7 +37,7 @@ def follow_cuts(optimizer: torch.optim.Optimizer, cuts: Iterable[Cut]) -> None:
         group = places[id(cut.old)]
         at = next(index for index, value in enumerate(group["params"]) if value is cut.old)
         optimizer.state.pop(cut.old, None)
-        if cut.new is None:
+        if cut.new is None or not cut.new.numel():  # nothing is left to train
             del group["params"][at]
             continue
         group["params"][at] = cut.new

@@ -85,7 +85,9 @@ def overall_norm(values: Tensor) -> Tensor:
 
     One pass without a copy; the largest magnitude would say the same and takes ten times as long on a CPU.
     """
-    return torch.linalg.vector_norm(values)
+    # The square of 300 is beyond float16.
+    wide = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(values, dtype=wide)
 
 
 def rows_of(parameter: Tensor, name: str) -> Rows:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from isogrid.compress import (
@@ -35,7 +36,7 @@ from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
 from isogrid.formats import Budget, Format, as_format
 from isogrid.linear import linear_matrix
 from isogrid.report import format_keep, read_json, write_report
-from isogrid.studies.rows import Say, gap, heading, remembered
+from isogrid.studies.rows import Say, fingerprint, gap, heading, remembered
 from isogrid.studies.subjects import Yardstick, figure_of
 
 FORMAT_KEYS = ("format", "keep", "bytes", "anchor", "allocate", "solver", "refine", "distill")
@@ -170,7 +171,9 @@ def run_comparison(
         "seed": seed,
     }
     runs = Path("runs/compare") / name.replace("/", "_")
-    dense_measured = remembered(runs, "dense", settings, lambda: yardstick.measure(model, tokenizer, name))
+    # A folder or a file of the same name may hold something else by now.
+    known = {"weights": fingerprint(model), "data": fingerprint(calibration), "threads": torch.get_num_threads()}
+    dense_measured = remembered(runs, "dense", settings | known, lambda: yardstick.measure(model, tokenizer, name))
     figure, dense_value, better = figure_of(dense_measured)
     dense: dict[str, Any] = {
         "label": "Dense",
@@ -226,7 +229,7 @@ def run_comparison(
 
     rows = []
     for method in asked:
-        described = settings | {"steps": [dataclasses.asdict(step) for step in method.steps]}
+        described = settings | known | {"steps": [dataclasses.asdict(step) for step in method.steps]}
         rows.append(remembered(runs, method.label.replace("/", "_"), described, partial(row, method)))
         last = rows[-1]
         say(f"{method.label}: {last['bytes'] / 1e6:.4g} MB, {figure} {last['quality']:.4g}, {last['seconds']:.0f} s")

@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 import isogrid
 from isogrid.compress import CompressionReport
 from isogrid.report import (
@@ -28,6 +31,11 @@ from isogrid.report import (
 Say = Callable[[str], None]
 # What tables of layers and their pictures read: rows are many, and their layers more.
 LAYER_KEYS = ("name", "format", "out", "in", "parameters", "dense_parameters", "error", "least_error", "held_error")
+# Whose code a row depends on.
+ROOMS = (
+    "checkpoint", "compress", "data", "evaluation", "fitting", "formats", "kernels", "linear", "models", "optim",
+    "training",
+)  # fmt: skip
 PLAIN_ERRORS = "Errors are relative Frobenius errors of the matrices"
 
 
@@ -73,14 +81,39 @@ def remembered(
     return read_json(path)
 
 
+def fingerprint(value: Any) -> str:
+    """A hash of the numbers of a model, a tensor, or containers of tensors; of anything else, of how it prints."""
+    digest = hashlib.sha256()
+
+    def add(one: Any) -> None:
+        if isinstance(one, nn.Module):
+            add(one.state_dict())
+        elif isinstance(one, Tensor):
+            digest.update(f"{one.dtype} {tuple(one.shape)}".encode())
+            digest.update(one.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(one, Mapping):
+            for key, part in one.items():
+                digest.update(str(key).encode())
+                add(part)
+        elif isinstance(one, list | tuple):
+            for part in one:
+                add(part)
+        else:
+            digest.update(str(one).encode())
+
+    add(value)
+    return digest.hexdigest()[:12]
+
+
 @cache
 def _state_of_code() -> str:
     """Hash of the code that rows are made by, as it stood when this process asked first."""
     digest = hashlib.sha256()
     package = Path(isogrid.__file__).parent
-    for room in ("compress", "data", "evaluation", "fitting", "formats", "kernels", "models", "optim", "training"):
-        for path in sorted((package / room).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for room in ROOMS:
+        for path in sorted((package / room).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from isogrid.compress.milliseconds import measured_together
 from isogrid.compress.structured_pruning.pruner import CHECKS, Pruner
 from isogrid.compress.structured_pruning.summary import PruningReport
 from isogrid.compress.tuning import new_optimizer
-from isogrid.errors import IsogridError
+from isogrid.errors import BudgetError, IsogridError
 from isogrid.optim import follow_cuts
 
 # Of training that is given minutes.
@@ -98,22 +98,34 @@ def prune_family(
     # Dense layers take many steps to recover: minutes are all used, unless nothing is gained any more.
     settings = TokenDistillation(minutes=train, steps=MOST_STEPS) if isinstance(train, int | float) else train
     begun = time.perf_counter()
-    options.setdefault("checks", 0 if options.get("times") is not None else CHECKS)
+    if options.get("checks") is None:
+        options["checks"] = 0 if options.get("times") is not None else CHECKS
     pruner = Pruner(model, calibration, **options)
+    if settings is not None and len(pruner.batches) < 2:
+        raise IsogridError(
+            f"training after pruning holds out some batches, the calibration has {len(pruner.batches)}; give more "
+            "windows"
+        )
     for speedup in asked:  # all are known to be in reach before the first is worked on
         pruner.choose(speedup, allocate="errors")
     # Its own numbers, as training changes the model's; a view is enough where nothing is trained.
     dense = copy.deepcopy(model) if settings is not None and in_place else original_view(model)
     current: nn.Module = model if in_place else copy.deepcopy(model)
     optimizer: torch.optim.Optimizer | None = None
+    left: list[str] = []
     for number, speedup in enumerate(asked):
         if number and gradual:
+            if not left:
+                raise BudgetError(f"a speedup of {speedup:g} can't be reached: all modules are gone; ask for less")
             options["times"] = pruner.times
+            options["select"] = left
             pruner = Pruner(current, calibration, **options)
         elif number:
             current = copy.deepcopy(model)
-        report = pruner.apply(pruner.choose(speedup, allocate=allocate, trials=trials), speedup, current)
+        found = pruner.choose(speedup, allocate=allocate, trials=trials)
+        report = pruner.apply(found, speedup, current)
         repeats = options.get("repeats", 9)
+        left = [name for name in pruner.modules if found.units[name]]
         report.milliseconds = measured_together({"dense": dense, "pruned": current}, pruner.inputs, repeats)
         if settings is not None:
             if gradual and optimizer is not None:

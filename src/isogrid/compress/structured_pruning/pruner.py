@@ -25,7 +25,7 @@ from isogrid.compress.structured_pruning.search import Found, Units, probed, sea
 from isogrid.compress.structured_pruning.summary import ModuleReport, PruningReport
 from isogrid.compress.structured_pruning.times import SavedTimes, measure_times, share_of_time
 from isogrid.compress.summary import count_parameters, stored_bytes
-from isogrid.errors import IsogridError, IsogridWarning
+from isogrid.errors import BudgetError, IsogridError, IsogridWarning
 from isogrid.linear import Coupled, find_coupled, shrink
 
 ALLOCATIONS = ("search", "errors", "uniform")
@@ -86,17 +86,28 @@ class Pruner:
         if not hasattr(model, "save_pretrained"):
             raise IsogridError(f"{type(model).__name__} is no transformers model; its config has to hold the sizes")
         self.model, self.how, self.seed, self.say = model, how or How(), seed, say
-        self.modules = _selected(find_coupled(model), select)
+        every = find_coupled(model)
+        self.modules = _selected(every, select)
         self.batches = as_batches(calibration, tokenizer, length, training=True)
         self.inputs = one_row(self.batches) if inputs is None else inputs
         checks = (CHECKS if times is None else 0) if checks is None else checks
         if times is None:
             known = {name: levels_of(module) for name, module in self.modules.items()}
             times = measure_times(model, self.modules, known, self.inputs, repeats=repeats, cached=cached, say=say)
+        for name in self.modules:
+            if name not in times.saved:
+                raise IsogridError(f"module {name!r} is not in the given times; measure them with the same select")
+        for name, of in times.saved.items():
+            if name in every and every[name].units not in of:
+                unit = every[name].unit
+                raise IsogridError(
+                    f"module {name!r} has {every[name].units} {unit}s, a number that the given times don't know; "
+                    "measure them anew"
+                )
         self.times = times
         self.checks, self._repeats = checks, repeats
-        # What the model's own modules are in the table: less than all where it was pruned before.
-        self._whole = {name: self.modules[name].units if name in self.modules else 0 for name in times.saved}
+        # What the model's modules have now: less than all where it was pruned before, none where they are gone.
+        self._whole = {name: every[name].units if name in every else 0 for name in times.saved}
         say(f"calibrating {len(self.modules)} modules")
         writers = {module.writer: model.get_submodule(module.writer) for module in self.modules.values()}
         moments = collect_moments(model, writers, self.batches)
@@ -109,7 +120,7 @@ class Pruner:
         self._curves = {
             name: {u: self.orders[name].error(u) for u in of if u <= self.modules[name].units}
             if name in self.modules
-            else {0: 0.0}
+            else {self._whole[name]: 0.0}
             for name, of in times.saved.items()
         }
         self._probed: tuple[dict[str, dict[int, float]], int] | None = None
@@ -217,9 +228,14 @@ class Pruner:
         limit = self.times.base / speedup
         fits = [
             units
-            for share in sorted({units / max(of) for of in self._curves.values() if max(of) for units in of})
+            for share in sorted({units / max(of) for of in self._curves.values() if len(of) > 1 for units in of})
             if self.times.predicted(units := self._at_share(share)) <= limit
         ]
+        if not fits:
+            raise BudgetError(
+                f"a speedup of {speedup:g} can't be reached with the same part of every module; ask for less, or "
+                "allocate='search'"
+            )
         return fits[-1]
 
     def _at_share(self, share: float) -> Units:

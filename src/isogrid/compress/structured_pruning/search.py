@@ -57,6 +57,10 @@ class Found:
     judged: int = 0
 
 
+# What an answer that is not finite counts for: more than any that is.
+WORST = 1e6
+
+
 def solve(errors: Mapping[str, Mapping[int, float]], times: SavedTimes, speedup: float) -> Units:
     """The sizes of the least sum of errors within a time; exact, times rounded up to a 50,000th of the budget.
 
@@ -113,7 +117,7 @@ def probed(
         points: list[tuple[float, float]] = []  # (relative error, ratio of loss to it)
         for units in probes[name]:
             if curve[units] > 0:
-                points.append((curve[units], max(judge({name: units}), 0.0) / curve[units]))
+                points.append((curve[units], min(max(judge({name: units}), 0.0), WORST) / curve[units]))
                 asked += 1
         found[name] = {units: error * _ratio(points, error) for units, error in curve.items()}
     return found, asked

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import json
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.compress.calibrate import forward_calls
-from isogrid.errors import IsogridError
+from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.evaluation import Timing, evaluating, interleaved_medians
 from isogrid.kernels import cache_folder
 from isogrid.linear import Coupled, shrink
@@ -34,6 +35,8 @@ WHOLE_REPEATS = 31
 # Sizes timed in turns; the block as it is among them each time.
 TOGETHER = 8
 MOST_CORRECTION = 2.0
+# Keys of configs that name a block's activation.
+ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation")
 LEAST_SECONDS, MOST_REPEATS = 2.0, 101
 
 
@@ -87,7 +90,8 @@ def measure_times(
         levels: by module, the numbers of structures to time; the whole number costs nothing to ask for.
         inputs: one batch as the model takes it: the batch size, length and dtype that the time counts for.
         repeats: of each call, at least; medians count.
-        cached: take what was measured here before for the same model, inputs and threads, and keep what is measured.
+        cached: take what was measured here before for the same model, inputs and threads; what is measured is kept
+            either way.
         say: told what happens.
 
     Raises:
@@ -97,18 +101,28 @@ def measure_times(
     for name, module in modules.items():
         kinds.setdefault(_kind(model, module, levels[name]), []).append(name)
     place = _place(model, kinds, inputs)
-    known = read_json(place)["milliseconds"] if cached and place.is_file() else None
+    known = _kept(place) if cached else None
     if known is None:
         say(f"timing {sum(len(levels[names[0]]) for names in kinds.values())} sizes of {len(kinds)} kinds of modules")
         known = _measured(model, modules, levels, kinds, inputs, repeats)
-        if cached:
+        try:
             write_json({"milliseconds": known}, place)
+        except OSError as error:
+            warnings.warn(f"measured times are not kept: {error}", IsogridWarning, stacklevel=2)
     saved: dict[str, dict[int, float]] = {}
     for number, names in enumerate(kinds.values()):
         for name in names:
             of = {units: known[f"{number} {units}"] for units in levels[name] if units != modules[name].units}
             saved[name] = of | {modules[name].units: 0.0}
     return SavedTimes(known["base"], {name: saved[name] for name in modules})
+
+
+def _kept(place: Path) -> dict[str, float] | None:
+    try:
+        known: dict[str, float] = read_json(place)["milliseconds"]
+    except (OSError, IsogridError, KeyError):  # no file, half a file, one of another version
+        return None
+    return known
 
 
 def _measured(
@@ -219,12 +233,16 @@ def _cut_block(block: nn.Module, place: str, module: Coupled, units: int) -> nn.
     """The block with one module of fewer structures; all other numbers are shared."""
     shared: dict[int, Any] = {id(value): value for value in (*block.parameters(), *block.buffers())}
     twin = copy.deepcopy(block, shared)  # a memo maps ids to what stands for them
+
+    def within(name: str) -> str:
+        return "" if name == place else name.removeprefix(f"{place}.")
+
     inside = replace(
         module,
-        name=module.name.removeprefix(f"{place}."),
-        producers=tuple(replace(one, layer=one.layer.removeprefix(f"{place}.")) for one in module.producers),
-        writer=module.writer.removeprefix(f"{place}."),
-        holder=module.holder.removeprefix(f"{place}."),
+        name=within(module.name),
+        producers=tuple(replace(one, layer=within(one.layer)) for one in module.producers),
+        writer=within(module.writer),
+        holder=within(module.holder),
     )
     shrink(twin, inside, range(units))
     return twin.eval()
@@ -288,6 +306,10 @@ def _place(model: nn.Module, kinds: Mapping[str, Sequence[str]], inputs: Any) ->
         next((str(value.device) for value in model.parameters()), "cpu"),
         getattr(getattr(model, "config", None), "_attn_implementation", None),
         {kind: len(names) for kind, names in kinds.items()},
+        # What is outside of the blocks takes time, too.
+        sorted([key, list(value.shape), str(value.dtype)] for key, value in model.named_parameters()),
+        [str(getattr(getattr(model, "config", None), key, None)) for key in ACTIVATIONS],
+        torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         _form(inputs),
     ]
     name = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
