@@ -16,7 +16,7 @@ from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
 from isogrid.formats.start import Component, normal_
 from isogrid.formats.traits import Traits
-from isogrid.kernels import dense_product
+from isogrid.kernels import added_to_chosen, dense_product
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ class LowRankLight(Format):
 
     def affine(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
         """Gather, one product into the chosen inputs, one product out."""
-        rank = factors["rest"].shape[0]
-        gathered = x.index_select(-1, factors["order"])
-        hidden = gathered[..., :rank] + dense_product(gathered[..., rank:], factors["rest"])
+        hidden = added_to_chosen(x, factors["order"], factors["rest"])
         return dense_product(hidden, factors["left"], bias)
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:

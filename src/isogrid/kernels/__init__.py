@@ -10,6 +10,7 @@ from isogrid.kernels.blocked import (
     pad_features,
     two_stage,
 )
+from isogrid.kernels.columns import added_to_chosen
 from isogrid.kernels.derived import derived, derived_bytes, forget
 from isogrid.kernels.native import takes as native_takes
 from isogrid.kernels.native.build import cache_folder
@@ -18,6 +19,7 @@ from isogrid.kernels.trits import PACKINGS, pack_trits, row_bytes, trit_matrix, 
 
 __all__ = [
     "PACKINGS",
+    "added_to_chosen",
     "block_dense_product",
     "cache_folder",
     "coupled_stages",

@@ -97,6 +97,10 @@ def _register_shapes() -> None:
         )
 
     shapes: dict[str, Callable[..., Any]] = {
+        "columns": lambda x, order, first: (
+            x.new_empty(x.shape[0], first),
+            x.new_empty(x.shape[0], x.shape[1] - first),
+        ),
         "sparse": lambda x, values, mask: rows(x, mask.shape[0]),
         "trits": lambda x, codes, scales, group, thirds: rows(x, codes.shape[0]),
         "trit_matrix": lambda codes, scales, columns, group, thirds: scales.new_empty(codes.shape[0], columns),

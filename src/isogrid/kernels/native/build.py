@@ -17,7 +17,7 @@ from pathlib import Path
 import filelock
 import torch
 
-SOURCES = ("blocked.cpp", "backward.cpp", "gradients.cpp", "sparse.cpp", "subspaces.cpp", "trits.cpp")
+SOURCES = ("blocked.cpp", "backward.cpp", "columns.cpp", "gradients.cpp", "sparse.cpp", "subspaces.cpp", "trits.cpp")
 HEADERS = ("coupling.h", "few.h", "panels.h", "registers.h", "stages.h", "tiles.h")
 # Every processor that has the first has the others but the oldest ones; all are asked for at run time.
 NEEDED = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3")
