@@ -1,8 +1,9 @@
 """Save and load models with structured layers, as Hugging Face models are."""
 
-from isogrid.checkpoint.files import check_place, dense_copy, deploy, load, merge, save, set_memory, write_folder
+from isogrid.checkpoint.files import check_place, dense_copy, load, save, write_folder
 from isogrid.checkpoint.layers import LayerEntry, describe_layers, mark_structured
 from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned
+from isogrid.checkpoint.rewrites import deploy, merge, set_memory
 
 __all__ = [
     "LayerEntry",

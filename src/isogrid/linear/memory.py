@@ -11,19 +11,10 @@ MEMORY = ("fast", "small")
 
 
 def limit_memory(model: nn.Module, memory: str) -> nn.Module:
-    """Let a model's structured layers keep what makes them fast, or nothing beside their factors.
-
-    Args:
-        model: with structured layers; changed in place.
-        memory: "fast": a layer that multiplies faster densely keeps the dense matrix (`StructuredLinear.plan`), and
-            factors that a product reads in another order are kept in that order. "small": neither is kept, and what is
-            kept now is let go; `StructuredLinear.memory` is then the factors and the bias.
-
-    Returns:
-        The model.
+    """What `isogrid.set_memory` does to the layers of a model, in place; that one keeps it with the model, too.
 
     Raises:
-        IsogridError: another word.
+        IsogridError: the word is not one of `MEMORY`.
     """
     check_memory(memory)
     for module in model.modules():
