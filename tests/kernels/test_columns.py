@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isogrid.kernels import added_to_chosen, native_takes
+from isogrid.kernels import added_to_chosen, in_order, native_takes
 from isogrid.kernels.blocked import FEW_DENSE_ROWS
 
 NATIVE = native_takes(torch.ones(1, 1, dtype=torch.bfloat16))
@@ -68,3 +68,35 @@ def test_gradients_and_more_axes():
         flat = added_to_chosen(x.bfloat16(), order, rest.bfloat16())
         deep = added_to_chosen(x.bfloat16().view(2, -1, 1, 12), order, rest.bfloat16())
     assert torch.equal(deep.view(rows, 4), flat)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=3), st.integers(0, 9), st.integers(0, 99))
+def test_features_in_order_and_their_gradient(leading, features, seed):
+    source = torch.Generator().manual_seed(seed)
+    order = torch.randperm(features, generator=source)
+    x = torch.randn(*leading, features, generator=source).requires_grad_()
+    gradient = torch.randn(*leading, features, generator=source)
+    found, wanted = in_order(x, order.int()), x[..., order]
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(y, x, gradient)[0] for y in (found, wanted)))
+
+
+def test_features_in_order_under_transforms():
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, generator=source, dtype=torch.float64, requires_grad=True)
+    orders = torch.stack([torch.randperm(5, generator=source) for _ in range(4)])
+
+    def moved(x, order=orders[0]):
+        return in_order(x, order)
+
+    def weighed(x, order):
+        return (in_order(x, order) ** 3 * torch.arange(5)).sum()
+
+    assert torch.autograd.gradcheck(moved, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(moved, x)
+    apart = torch.stack([torch.func.grad(weighed)(x.detach(), order) for order in orders])
+    assert torch.equal(torch.func.vmap(torch.func.grad(weighed), in_dims=(None, 0))(x.detach(), orders), apart)
+    compiled = torch.compile(moved, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(x).square().sum(), x)
+    assert torch.allclose(gradient, 2 * x)

@@ -17,6 +17,7 @@ from isogrid.formats.checks import require_solver
 from isogrid.formats.factors import Factor, Factors, prefixed, unprefixed
 from isogrid.formats.monarch import Monarch
 from isogrid.formats.start import Component
+from isogrid.kernels import in_order
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Permuted(Format):
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
         """Gather, the inner product, gather."""
-        y = self.inner.multiply(unprefixed("inner_", factors), x.index_select(-1, factors["input_order"]), out_features)
-        return y.index_select(-1, factors["output_order"])
+        x = in_order(x, factors["input_order"])
+        y = self.inner.multiply(unprefixed("inner_", factors), x, out_features)
+        return in_order(y, factors["output_order"])
 
     def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
         """The inner matrix, its rows and columns put in place."""

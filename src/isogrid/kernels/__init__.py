@@ -10,7 +10,7 @@ from isogrid.kernels.blocked import (
     pad_features,
     two_stage,
 )
-from isogrid.kernels.columns import added_to_chosen
+from isogrid.kernels.columns import added_to_chosen, in_order
 from isogrid.kernels.derived import derived, derived_bytes, forget
 from isogrid.kernels.native import takes as native_takes
 from isogrid.kernels.native.build import cache_folder
@@ -27,6 +27,7 @@ __all__ = [
     "derived",
     "derived_bytes",
     "forget",
+    "in_order",
     "low_rank_product",
     "native_takes",
     "one_stage",
