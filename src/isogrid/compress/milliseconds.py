@@ -21,7 +21,7 @@ from isogrid.compress.calibrate import forward_calls
 from isogrid.compress.distill import original_view
 from isogrid.compress.prices import Prices
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.evaluation import Timing, compare, evaluating, interleaved_medians
+from isogrid.evaluation import Timing, compare, evaluating, interleaved_medians, wait_for_gpu
 from isogrid.formats import Budget, Dense, Format, new_factors
 from isogrid.linear import linear_matrix, prefers_dense, speed_table
 
@@ -204,6 +204,11 @@ def one_row(batches: Sequence[Any] | None) -> Any:
     return first[:1]
 
 
+def _now() -> int:
+    wait_for_gpu()
+    return time.perf_counter_ns()
+
+
 def _watched(
     model: nn.Module, layers: Mapping[str, nn.Module], inputs: Any, repeats: int
 ) -> tuple[dict[str, float], dict[str, int], int]:
@@ -217,13 +222,13 @@ def _watched(
     def before(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_: nn.Module, arguments: Any, named: Any) -> None:
             rows[name] = (arguments[0] if arguments else next(iter(named.values()))).shape[:-1].numel()
-            begun[name] = time.perf_counter_ns()
+            begun[name] = _now()
 
         return hook
 
     def after(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(*_: Any) -> None:  # a layer may run several times in a pass
-            now[name] = now.get(name, 0) + time.perf_counter_ns() - begun[name]
+            now[name] = now.get(name, 0) + _now() - begun[name]
 
         return hook
 
@@ -236,10 +241,10 @@ def _watched(
             turns = itertools.count()
             while len(passes) < repeats:
                 now.clear()
-                start = time.perf_counter_ns()
+                start = _now()
                 run()
                 if next(turns) >= WARMUP and start >= warm:
-                    passes.append(time.perf_counter_ns() - start)
+                    passes.append(_now() - start)
                     for name, value in now.items():
                         taken.setdefault(name, []).append(value)
     finally:

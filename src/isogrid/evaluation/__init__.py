@@ -10,6 +10,7 @@ from isogrid.evaluation.latency import (
     median_interval,
     peak_memory_bytes,
     ratio_interval,
+    wait_for_gpu,
 )
 from isogrid.evaluation.mode import evaluating
 from isogrid.evaluation.peak import peak_step_bytes, saved_bytes, training_peak_bytes
@@ -42,4 +43,5 @@ __all__ = [
     "training_peak_bytes",
     "tune",
     "tune_layers",
+    "wait_for_gpu",
 ]

@@ -96,10 +96,10 @@ def interleaved_times(
                 order.append(order.pop(0))
         for name in order:
             with around[name]():
-                _wait_for_gpu()
+                wait_for_gpu()
                 begun = time.perf_counter()
                 calls[name]()
-                _wait_for_gpu()
+                wait_for_gpu()
                 elapsed = time.perf_counter() - begun
             if turn >= warmup:
                 times[name].append(1000 * elapsed)
@@ -169,6 +169,7 @@ def _timing(milliseconds: list[float]) -> Timing:
     return Timing(median, lower, upper, len(milliseconds))
 
 
-def _wait_for_gpu() -> None:
+def wait_for_gpu() -> None:
+    """Until the GPU has done what it was given: only then has it taken its time."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

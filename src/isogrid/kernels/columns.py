@@ -26,7 +26,7 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
     """
     # What a compiler traces it differentiates and joins by itself; it takes no function with a forward derivative.
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
-        return _InOrder.apply(x, order)  # type: ignore[no-any-return]
+        return _InOrder.apply(x, order)
     return _gathered(x, order)
 
 

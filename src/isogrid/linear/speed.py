@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
+import filelock
 import torch
 
 import isogrid.kernels
@@ -96,14 +96,15 @@ class SpeedTable:
 
     def save(self) -> None:
         """Write the file, whole or not at all; what other processes have written meanwhile stays."""
-        for key, points in self._read().items():
-            self._known[key] = points | self._known.get(key, {})
-        described: dict[str, Any] = {"torch": torch.__version__, "products": self.products, "layers": self._known}
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.place.parent, suffix=".json", delete=False) as file:
-                json.dump(described, file, indent=1)
-            os.replace(file.name, self.place)
+            with filelock.FileLock(f"{self.place}.lock"):
+                for key, points in self._read().items():
+                    self._known[key] = points | self._known.get(key, {})
+                described = {"torch": torch.__version__, "products": self.products, "layers": self._known}
+                with tempfile.NamedTemporaryFile("w", dir=self.place.parent, suffix=".json", delete=False) as file:
+                    json.dump(described, file, indent=1)
+                os.replace(file.name, self.place)
         except OSError as error:  # what was measured serves this process all the same
             warnings.warn(f"measured times are not kept: {error}", IsogridWarning, stacklevel=2)
 
