@@ -9,7 +9,7 @@ from torch import nn
 from isogrid.compress import Milliseconds, compress, milliseconds, select_layers
 from isogrid.compress.milliseconds import TimedPrices, one_row
 from isogrid.errors import BudgetError, IsogridError
-from isogrid.formats import Dense, LowRank, Monarch
+from isogrid.formats import Dense, LowRank, Monarch, Sparse
 from tests import models
 
 
@@ -93,6 +93,17 @@ def test_members_are_timed_once_for_a_shape(times):
 def _budget(model, share=0.7):
     whole = sum(layer.weight.numel() for layer in select_layers(model).values()) / 1000
     return Milliseconds((0.5 + share) * whole, tokens(1))
+
+
+def test_codes_are_never_multiplied_densely_however_slow(times, monkeypatch):
+    def slow(*_, bias, repeats):
+        return {"structured": 3.0, "dense": 1.0}
+
+    monkeypatch.setattr(milliseconds, "compare", slow)
+    model = nn.Sequential(nn.Linear(32, 48))
+    prices = TimedPrices(model, {"0": model[0]}, Milliseconds(1.0, torch.randn(64, 32), 1), None)
+    assert prices.of("0", Sparse(density=0.5)) == 3 * prices.of("0", Dense())
+    assert prices.of("0", LowRank(rank=3)) == prices.of("0", Dense())
 
 
 def test_limits_that_cannot_be_met_say_what_can(times):

@@ -254,6 +254,42 @@ def test_half_a_file_is_no_table(tmp_path):
     assert SpeedTable(place).times("monarch", 1, 1, torch.float32, 1) is None
 
 
+def test_points_of_no_number_are_no_table(tmp_path):
+    place = tmp_path / "speed.json"
+    place.write_text('{"products": "", "layers": {"monarch 1x1 float32": {"many": {"dense": 1.0}}}}')
+    assert SpeedTable(place).times("monarch", 1, 1, torch.float32, 1) is None
+
+
+def test_nothing_lies_beside_a_table_that_cannot_be_saved(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError("the disk is full")
+
+    found = SpeedTable(tmp_path / "speed.json")
+    monkeypatch.setattr("os.replace", broken)
+    with pytest.warns(isogrid.IsogridWarning, match="measured times are not kept: the disk is full"):
+        found.save()
+    assert [one.name for one in tmp_path.iterdir() if not one.name.endswith(".lock")] == []
+
+
+def test_native_and_portable_products_have_a_file_each(monkeypatch):
+    speed._table.cache_clear()
+    first = speed_table().place
+    speed._table.cache_clear()
+    monkeypatch.setattr("isogrid.linear.speed.products", lambda: "others")
+    assert speed_table().place != first
+    speed._table.cache_clear()
+
+
+def test_writing_into_the_dense_matrix_changes_no_layer(table):
+    one = layer("low_rank(rank=31)")  # planned dense
+    x = torch.randn(4, 32)
+    wanted = one(x).clone()
+    one.dense().mul_(0)
+    assert torch.equal(one(x), wanted)
+    one.dense().mul_(0)
+    assert torch.equal(torch.nn.functional.linear(x, one.merge().weight, one.bias), wanted)
+
+
 def test_a_misspelt_product_is_no_dense_one():
     one = layer()
     one.product = "strucured"

@@ -23,7 +23,7 @@ from isogrid.compress.prices import Prices
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.evaluation import Timing, compare, evaluating, interleaved_medians, wait_for_gpu
 from isogrid.formats import Budget, Dense, Format, new_factors
-from isogrid.linear import linear_matrix, prefers_dense, speed_table
+from isogrid.linear import keeps_its_codes, linear_matrix, prefers_dense, speed_table
 
 # Shares of the dense parameters at which formats are timed where a share of the time is asked for.
 SHARES = tuple(0.05 * step for step in range(1, 20))
@@ -157,8 +157,9 @@ class TimedPrices(Prices):
                 )
                 table.learn(*sizes, times, bias=bias is not None)
                 table.save()
-            # A layer that is slower multiplies densely.
-            self._quotients[key] = 1.0 if prefers_dense(times) else times["structured"] / times["dense"]
+            # A layer that is slower multiplies densely, unless it is there to save memory.
+            densely = prefers_dense(times) and not keeps_its_codes(member, out_features, in_features)
+            self._quotients[key] = 1.0 if densely else times["structured"] / times["dense"]
         return self._quotients[key]
 
 

@@ -28,7 +28,7 @@ class Masked(Coded):
 
     The mask is packed row by row, ``(out, ceil(in / 8))`` bytes. A product with one to four rows of input reads the
     values and the mask as they are stored, where native products are to be had; others scatter them into a dense matrix
-    first. `StructuredLinear.plan` takes whichever was measured to be faster.
+    first, for every product: what is kept in memory is what is stored.
     """
 
     @abstractmethod
@@ -69,7 +69,8 @@ class Masked(Coded):
             math.sqrt(min(out_features, in_features) / (in_features * max(count, 1) / out_features)),
             generator,
         )
-        scores = torch.rand(out_features, in_features, generator=generator)
+        device = generator.device if generator is not None else "cpu"
+        scores = torch.rand(out_features, in_features, generator=generator, device=device)
         factors["mask"].copy_(pack_mask(self.kept(out_features, in_features).choose(scores)))
 
     def solve(
@@ -135,7 +136,8 @@ class Sparse(Masked):
     )
 
     def __post_init__(self) -> None:
-        if self.density is not None and not 0 < self.density <= 1:
+        plain = isinstance(self.density, int | float) and not isinstance(self.density, bool)
+        if self.density is not None and not (plain and 0 < self.density <= 1):
             raise IsogridError(f"sparse: density is a fraction in (0, 1], got {self.density!r}")
 
     def nonzeros(self, out_features: int, in_features: int) -> int:

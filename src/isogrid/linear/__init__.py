@@ -6,7 +6,7 @@ from isogrid.linear.dense_layers import is_linear, linear_matrix
 from isogrid.linear.layer import StructuredLinear
 from isogrid.linear.memory import MEMORY, check_memory, limit_memory
 from isogrid.linear.shrink import Cut, NoAttention, shrink
-from isogrid.linear.speed import prefers_dense, products, speed_table
+from isogrid.linear.speed import keeps_its_codes, prefers_dense, products, speed_table
 
 __all__ = [
     "MEMORY",
@@ -19,6 +19,7 @@ __all__ = [
     "convert",
     "find_coupled",
     "is_linear",
+    "keeps_its_codes",
     "limit_memory",
     "linear_matrix",
     "prefers_dense",

@@ -14,7 +14,7 @@ from isogrid.kernels import derived_bytes, forget
 from isogrid.kernels.native import PLAIN
 from isogrid.linear.dense_layers import linear_matrix
 from isogrid.linear.dense_view import DenseView, Snapshot
-from isogrid.linear.speed import LEAST_SAVING, prefers_dense, speed_table
+from isogrid.linear.speed import LEAST_SAVING, keeps_its_codes, prefers_dense, speed_table
 
 # Numbers of rows that a layer remembers its plans for.
 MOST_PLANS = 4096
@@ -89,7 +89,7 @@ class StructuredLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.format = format
-        self._cached_dense: tuple[Snapshot, Tensor] | None = None
+        self._cached_dense: tuple[Snapshot, Tensor, int] | None = None
         self._plans: dict[tuple[int, str, int], str] = {}
         specs = format.factors(out_features, in_features)
         self._factor_names = tuple(specs)
@@ -191,7 +191,8 @@ class StructuredLinear(nn.Module):
         if not (x.is_floating_point() or x.is_complex()):
             raise IsogridError(f"{self.format.name} layer multiplies floating input, got {x.dtype}; embed or cast it")
         if not self.training and self._multiplies_densely(x):
-            return torch.nn.functional.linear(x, self._kept_dense(), self.bias)
+            kept = self._kept_dense()
+            return torch.nn.functional.linear(x, self.dense() if kept is None else kept, self.bias)
         y = self.format.affine(self.factors, x, self.out_features, self.bias)
         if self.small_memory and not torch.compiler.is_compiling():
             self.let_go()
@@ -211,8 +212,7 @@ class StructuredLinear(nn.Module):
         if self.product != "auto":
             return self.product
         like = self.floating_factor()
-        specs = self.format.factors(self.out_features, self.in_features).values()
-        if like.device.type != "cpu" or any(spec.role == "code" for spec in specs):
+        if like.device.type != "cpu" or keeps_its_codes(self.format, self.out_features, self.in_features):
             return "structured"
         times = speed_table().times(
             self.format.label(), self.out_features, self.in_features, like.dtype, rows, bias=self.bias is not None
@@ -246,10 +246,12 @@ class StructuredLinear(nn.Module):
             return False
         return type(like) in PLAIN and not like.is_inference()
 
-    def _kept_dense(self) -> Tensor:
-        """The kept matrix where it is current, else `dense`."""
+    def _kept_dense(self) -> Tensor | None:
+        """The kept matrix where it is current: no factor was changed, and nobody has written into the matrix."""
         kept = self._cached_dense
-        return kept[1] if kept is not None and kept[0].is_current(self.factors) else self.dense()
+        if kept is None or not kept[0].is_current(self.factors) or kept[1]._version != kept[2]:
+            return None
+        return kept[1]
 
     def dense(self) -> Tensor:
         """The ``(out, in)`` matrix, differentiable in the factors; gathers sharded factors first."""
@@ -262,8 +264,9 @@ class StructuredLinear(nn.Module):
             return self.format.dense(factors, self.out_features, self.in_features)
         if any(value.is_inference() for value in factors.values()):  # they don't tell when they change
             return self.format.dense(factors, self.out_features, self.in_features)
-        if self._cached_dense is not None and self._cached_dense[0].is_current(self.factors):
-            return self._cached_dense[1]
+        kept = self._kept_dense()
+        if kept is not None:
+            return kept
         # Outside of inference mode: autograd may use afterwards what is computed here.
         with torch.inference_mode(False), torch.no_grad():
             # In the order of nn.Linear's weight: products by a transposed one are up to a tenth slower.
@@ -271,7 +274,7 @@ class StructuredLinear(nn.Module):
         if self.small_memory:
             self.let_go()
         else:
-            self._cached_dense = Snapshot(self.factors), dense
+            self._cached_dense = Snapshot(self.factors), dense, dense._version
         return dense
 
     @property

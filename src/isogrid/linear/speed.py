@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -21,6 +20,8 @@ import torch
 
 import isogrid.kernels
 from isogrid.errors import IsogridWarning
+from isogrid.files import replace_file
+from isogrid.formats import Format
 from isogrid.kernels import cache_folder
 from isogrid.kernels.native.build import unsuitable
 
@@ -54,8 +55,9 @@ class SpeedTable:
         try:
             described = json.loads(self.place.read_text())
             if described["products"] == self.products:
-                return dict(described["layers"])
-        except (OSError, ValueError, KeyError, TypeError):  # no file, half a file, one of another version
+                layers = described["layers"].items()
+                return {key: {str(int(rows)): dict(times) for rows, times in points.items()} for key, points in layers}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no file, or not one of these
             pass
         return {}
 
@@ -102,9 +104,7 @@ class SpeedTable:
                 for key, points in self._read().items():
                     self._known[key] = points | self._known.get(key, {})
                 described = {"torch": torch.__version__, "products": self.products, "layers": self._known}
-                with tempfile.NamedTemporaryFile("w", dir=self.place.parent, suffix=".json", delete=False) as file:
-                    json.dump(described, file, indent=1)
-                os.replace(file.name, self.place)
+                replace_file(self.place, json.dumps(described, indent=1).encode())
         except OSError as error:  # what was measured serves this process all the same
             warnings.warn(f"measured times are not kept: {error}", IsogridWarning, stacklevel=2)
 
@@ -119,6 +119,11 @@ def prefers_dense(times: Mapping[str, float]) -> bool:
     return times["dense"] * WIN < times["structured"]
 
 
+def keeps_its_codes(fmt: Format, out_features: int, in_features: int) -> bool:
+    """Whether a layer in the format is never multiplied densely unasked: the memory of its codes is what it is for."""
+    return any(spec.role == "code" for spec in fmt.factors(out_features, in_features).values())
+
+
 def speed_table() -> SpeedTable:
     """The table of this machine: its processor, this version of torch, the number of threads set now.
 
@@ -131,8 +136,9 @@ def speed_table() -> SpeedTable:
 @cache
 def _table(folder: Path, threads: int) -> SpeedTable:
     processor = torch.cpu.get_capabilities().get("cpu_name") or "cpu"
-    name = f"speed-{processor}-{torch.__version__}-{threads}.json".replace(" ", "_").replace("/", "_")
-    return SpeedTable(folder / name, products())
+    # A file for each state of the products: native ones and portable ones, or two versions, may take turns.
+    name = f"speed-{processor}-{torch.__version__}-{threads}-{products()}.json"
+    return SpeedTable(folder / name.replace(" ", "_").replace("/", "_"), products())
 
 
 @cache

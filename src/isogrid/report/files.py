@@ -1,50 +1,19 @@
-"""Files that are whole or absent: written beside their place and renamed into it."""
+"""The data of a table as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isogrid.errors import IsogridError
+from isogrid.files import replace_file
 
 # JSON has no inf and nan: they are written as strings, and a string that reads like one gets a backslash in front.
 NOT_FINITE = re.compile(r"\\*(nan|-?inf)")
-
-
-def replace_file(path: str | Path, content: bytes) -> Path:
-    """Put ``content`` at ``path``; a reader sees the old file or the new one, never a part.
-
-    Missing parent folders are made. When anything fails, the old file stays as it was and nothing is left beside it.
-
-    Args:
-        path: where the file shall stand.
-        content: its bytes.
-
-    Returns:
-        The path.
-
-    Raises:
-        OSError: the folder or the file cannot be written.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, because a rename is atomic only within one file system.
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with beside.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
 
 
 def write_json(data: Mapping[str, Any], path: str | Path) -> Path:
