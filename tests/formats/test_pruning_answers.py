@@ -395,7 +395,7 @@ def test_a_start_is_improved() -> None:
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("density", [0, -0.1, 1.5])
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, True, "half"])
 def test_no_density_out_of_range(density: float) -> None:
     with pytest.raises(IsogridError, match=r"sparse: density is a fraction in \(0, 1\]"):
         Sparse(density)
