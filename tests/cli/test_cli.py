@@ -113,14 +113,58 @@ def test_formats_and_doctor_speak_json(monkeypatch, capsys):
         (["--select", "q_prj"], "did you mean 'q_proj'"),
         (["--export", "onnx"], "--export is structured or dense"),
         (["--calibrate", "no-such-text"], "no-such-text"),
+        (["--format", "auto", "--format", "monarch"], "give it alone"),
+        (["--keep", "0.5", "--bytes", "10000"], "--keep, --bytes are budgets each: give one of them"),
+        (["--refine", "-1"], "--refine takes a positive number of minutes, got -1"),
+        (["--distill", "nan"], "--distill takes a positive number of minutes, got nan"),
+        (["--recipe", "config.json"], "recipe config.json: not a recipe that advise has written"),
     ],
 )
 def test_bad_input_ends_with_one_line_and_writes_nothing(monkeypatch, capsys, tmp_path, model_folder, args, message):
+    monkeypatch.chdir(model_folder)
     code, _, said = run(monkeypatch, capsys, "compress", model_folder, *args, "--out", tmp_path / "x")
     assert code == 2
     assert message in said
     assert "Traceback" not in said
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["advise", "--target", "2"], "--target is a share of the parameters in (0, 1), got 2"),
+        (["advise", "--gap", "-1"], "--gap is above 0, got -1"),
+        (["evaluate", "--metric", "sts"], "LlamaForCausalLM embeds no sentences; --metric sts takes an encoder"),
+        (
+            ["prune", "--tokens", "4096", "--out", "x"],
+            "a pass of 4096 tokens is to be timed, beyond the model's 2048 positions",
+        ),
+    ],
+)
+def test_bad_input_of_other_verbs(monkeypatch, capsys, tmp_path, model_folder, text_file, args, message):
+    monkeypatch.chdir(tmp_path)
+    if args[0] != "evaluate":
+        args = [*args, "--calibrate", text_file]
+    code, _, said = run(monkeypatch, capsys, args[0], model_folder, *args[1:])
+    assert (code, "Traceback" in said) == (2, False)
+    assert message in said
+
+
+def test_a_module_that_is_gone_is_inspected(monkeypatch, capsys, tmp_path):
+    from isogrid import save
+    from isogrid.checkpoint import PrunedEntry, mark_structured
+    from isogrid.linear import find_coupled, shrink
+    from tests import models
+
+    model = models.llama()
+    found = find_coupled(model)
+    name = next(iter(found))
+    shrink(model, found[name], [])
+    mark_structured(model, pruned={name: PrunedEntry(0, found[name].units)})
+    save(model, tmp_path / "pruned")
+    code, printed, said = run(monkeypatch, capsys, "inspect", tmp_path / "pruned")
+    assert code == 0, said
+    assert "–" in printed
 
 
 def test_a_folder_that_is_no_model(monkeypatch, capsys, tmp_path):

@@ -56,6 +56,10 @@ def advise(
     asked = [one for one in (target, max_bytes, gap) if one is not None]
     if len(asked) > 1:
         raise IsogridError("advise takes one of --target, --bytes and --gap")
+    if target is not None and not 0 < target < 1:  # before the survey, not after it
+        raise IsogridError(f"--target is a share of the parameters in (0, 1), got {target:g}")
+    if gap is not None and not gap > 0:
+        raise IsogridError(f"--gap is above 0, got {gap:g}")
     loaded, tokenizer = open_model(model)
     windows = min(windows, 8) if quick else windows
     source = {"source": calibrate, "windows": windows, "length": length, "select": select, "skip": skip, "seed": seed}

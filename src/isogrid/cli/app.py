@@ -49,9 +49,6 @@ def main() -> None:
     except OSError as error:  # a folder that cannot be written, a full disk: the system's words are clear
         notes.print(f"[bold red]error:[/] {plain(error)}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        notes.print("interrupted; nothing was written")
-        sys.exit(130)
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

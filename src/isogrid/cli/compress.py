@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import warnings
@@ -26,7 +27,9 @@ def compress(
             "each layer."
         ),
     ] = None,
-    keep: Annotated[float, typer.Option(help="Fraction of the selected parameters to keep, in (0, 1).")] = 0.6,
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the selected parameters to keep, in (0, 1). [default: 0.6]")
+    ] = None,
     max_bytes: Annotated[
         int | None, typer.Option("--bytes", min=1, help="Instead of --keep: bytes of the selected matrices together.")
     ] = None,
@@ -89,12 +92,20 @@ def compress(
     from isogrid.evaluation import peak_memory_bytes
     from isogrid.formats import Budget
     from isogrid.linear import check_memory
-    from isogrid.report import format_bytes, format_duration, progress, read_json, write_json
+    from isogrid.report import format_bytes, format_duration, progress, write_json
     from isogrid.studies.subjects import calibration_data, timed_inputs
 
     if export not in ("structured", "dense"):
         raise IsogridError(f"--export is structured or dense, got {export!r}")
-    followed = None if recipe is None else Recipe.from_dict(read_json(recipe))
+    for option, minutes in (("--refine", refine), ("--distill", distill)):
+        if minutes is not None and not 0 < minutes < math.inf:
+            raise IsogridError(f"{option} takes a positive number of minutes, got {minutes:g}")
+    budgets = {"--keep": keep, "--bytes": max_bytes, "--milliseconds": milliseconds, "--recipe": recipe}
+    given = [option for option, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise IsogridError(f"{', '.join(given)} are budgets each: give one of them")
+    keep = 0.6 if keep is None else keep
+    followed = None if recipe is None else Recipe.read(recipe)
     if followed is not None:
         known = followed.calibration
         calibrate, windows, length, seed = (known[key] for key in ("source", "windows", "length", "seed"))
@@ -111,8 +122,6 @@ def compress(
     layers = select_layers(loaded, select, skip or ())
     budget: Budget | Milliseconds | None = None
     if milliseconds is not None:
-        if max_bytes is not None or followed is not None:
-            raise IsogridError("--milliseconds, --bytes and --recipe are budgets: give one of them")
         budget = Milliseconds(milliseconds, timed_inputs(loaded, rows))
     if max_bytes is not None:
         budget = Budget(bytes=max_bytes, dtype=widest_dtype(loaded))
@@ -128,6 +137,9 @@ def compress(
         calibration = found
         # A sentence or an image patch row counts for about 32 tokens: good enough for an estimate.
         tokens = 32 * len(found) if isinstance(found, list) or found.ndim != 2 else found.numel()
+    trains: dict[str, Any] = {"refine": refine, "distill": distill}
+    if followed is not None:
+        trains = {"refine": followed.effort.refine, "distill": followed.effort.distill}
     estimate = 60 * ((refine or 0.0) + (distill or 0.0))
     for fmt in formats:  # each candidate is fitted somewhere
         try:
@@ -136,9 +148,6 @@ def compress(
             continue
         estimate += estimate_seconds(layers, sized, calibration_tokens=tokens)
     estimate = estimate if followed is None else followed.predicted.seconds
-    trains: dict[str, Any] = {"refine": refine, "distill": distill}
-    if followed is not None:
-        trains = {"refine": followed.effort.refine, "distill": followed.effort.distill}
     label = " or ".join(fmt.label() for fmt in formats)
     notes.print(f"{len(layers)} layers as {label}; about {format_duration(estimate)}", highlight=False)
     begun = time.perf_counter()

@@ -22,7 +22,7 @@ def demo(
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
-    """Compress the embedded language model in every format and write a report: the main job, end to end."""
+    """Compress the embedded language model in four formats and write a report: the main job, end to end."""
     from isogrid.report import console_table
     from isogrid.studies.demo import run_demo
 

@@ -55,7 +55,7 @@ def inspect(model: Model, as_json: Json = False) -> None:
             str(in_features),
             plain(label),
             format_count(parameters),
-            f"{parameters / dense:.3f}",
+            f"{parameters / dense:.3f}" if dense else "–",
         )
     console.print(table)
     console.print(

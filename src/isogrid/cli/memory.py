@@ -116,8 +116,12 @@ def made_up_batch(model: Any, batch: int, length: int, generator: Any) -> dict[s
         ids = torch.randint(config.vocab_size, (batch, length), generator=generator)
         return {"input_ids": ids}
     if kind == "pixel_values" and config is not None:
-        size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-        return {"pixel_values": torch.randn(batch, getattr(config, "num_channels", 3), size, size, generator=generator)}
+        sizes = config if hasattr(config, "image_size") else getattr(config, "backbone_config", None)
+        size = getattr(sizes, "image_size", None)
+        if size is not None:
+            height, width = (size, size) if isinstance(size, int) else size
+            channels = getattr(sizes, "num_channels", 3)
+            return {"pixel_values": torch.randn(batch, channels, height, width, generator=generator)}
     raise IsogridError(f"{type(model).__name__} takes {kind or 'unknown inputs'}; memory knows tokens and images")
 
 

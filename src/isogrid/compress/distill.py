@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from isogrid.errors import IsogridError
 @dataclass(frozen=True)
 class Distillation(Tuning):
     """How the whole model is trained: as blocks are, in fewer and smaller steps."""
+
+    spoken: ClassVar[str] = "distillation"
 
     steps: int = 100
     rate: float = 0.001
@@ -41,6 +43,8 @@ class TokenDistillation(Distillation):
         tokens: weight of the squared relative errors of hidden states, mean over blocks and real tokens.
         temperature: of the compared predictions.
     """
+
+    spoken: ClassVar[str] = "training after pruning"
 
     predictions: float = 1.0
     tokens: float = 0.5

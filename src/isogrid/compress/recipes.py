@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from isogrid.compress.distill import Distillation
 from isogrid.compress.plan import Plan
 from isogrid.compress.refine import Refinement
 from isogrid.errors import IsogridError
+from isogrid.report import read_json
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,18 @@ class Recipe:
             "predicted": self.predicted.to_dict(),
             "plan": self.plan.to_dict(),
         }
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """The recipe in a file of `isogrid advise`.
+
+        Raises:
+            IsogridError: the file is no recipe.
+        """
+        try:
+            return cls.from_dict(read_json(path))
+        except IsogridError as error:
+            raise IsogridError(f"recipe {path}: {error}; isogrid advise writes recipes") from None
 
     @classmethod
     def from_dict(cls, described: Mapping[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from isogrid.errors import IsogridError
 @dataclass(frozen=True)
 class Refinement(Tuning):
     """How blocks are trained: each takes ``steps``, and ``minutes`` are for all blocks together."""
+
+    spoken: ClassVar[str] = "refinement"
 
 
 @dataclass(frozen=True)

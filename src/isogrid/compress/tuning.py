@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Tuning:
         least_gain: relative.
     """
 
+    spoken: ClassVar[str] = "training"
+
     minutes: float | None = None
     steps: int = 200
     rate: float = 0.003
@@ -51,7 +53,7 @@ class Tuning:
     least_gain: float = 0.005
 
     def __post_init__(self) -> None:
-        what = type(self).__name__.lower()
+        what = self.spoken
         if self.minutes is not None and not self.minutes > 0:
             raise IsogridError(f"{what} takes a positive number of minutes, got {self.minutes}")
         if min(self.steps, self.rows, self.patience, self.look_every) < 1:

@@ -26,6 +26,8 @@ def format_class(name: str) -> type[Format]:
     """
     if name in REGISTRY:
         return REGISTRY[name]
+    if name == "auto":
+        raise IsogridError("'auto' is every layer's choice of formats: give it alone, or name the formats")
     near = difflib.get_close_matches(name.lower().replace("-", "_"), [*REGISTRY, *ALIASES], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(REGISTRY)}"
     raise IsogridError(f"unknown format {name!r}; {hint}")

@@ -41,9 +41,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise IsogridError(f"{path}: not JSON ({error}); write it with isogrid.report.write_json") from error
+        raise IsogridError(f"{path}: not JSON ({error})") from error
     if not isinstance(data, dict):
-        raise IsogridError(f"{path}: holds a {type(data).__name__}; the data of a table is an object")
+        raise IsogridError(f"{path}: holds a {type(data).__name__}; an object is wanted")
     return {key: _decoded(value) for key, value in data.items()}
 
 

@@ -157,6 +157,8 @@ def run_quality_ladder(
     """
     if keep is not None and part == "welore":
         raise IsogridError(f"welore has sizes of its own, got keep={keep:g}; leave it out")
+    if keep is not None and not 0 < keep < 1:
+        raise IsogridError(f"keep is a share in (0, 1), got {keep:g}")
     rungs = rungs_of(part, full=full, quick=quick, keep=KEEP if keep is None else keep)
     unknown = sorted({*methods} - {one.format for one in rungs})
     if unknown:

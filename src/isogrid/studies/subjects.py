@@ -63,6 +63,8 @@ class Yardstick:
             raise IsogridError(f"{name} has no tokenizer beside it, which {metric} needs; save one there")
         if metric == "perplexity" and not is_language_model(model):
             raise IsogridError(f"{type(model).__name__} predicts no tokens; --metric perplexity takes a language model")
+        if metric == "sts" and (is_language_model(model) or is_saliency_model(model)):
+            raise IsogridError(f"{type(model).__name__} embeds no sentences; --metric sts takes an encoder")
         if metric == "heatmap" and not is_saliency_model(model):
             raise IsogridError(f"{type(model).__name__} draws no heat maps; --metric heatmap takes vit-s-saliency")
         if metric == "perplexity":
@@ -92,10 +94,20 @@ def figure_of(measured: Mapping[str, Any]) -> tuple[str, float, str]:
 
 
 def timed_inputs(model: Any, tokens: int, rows: int = 1) -> Any:
-    """Windows of tokens for a model that takes tokens; None for others: a row of their calibration data is timed."""
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    """Windows of tokens for a model that takes tokens; None for others: a row of their calibration data is timed.
+
+    Raises:
+        IsogridError: more tokens than the model has positions for.
+    """
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
         return None
+    longest = getattr(config, "max_position_embeddings", None) or tokens
+    if tokens > longest:
+        raise IsogridError(
+            f"a pass of {tokens} tokens is to be timed, beyond the model's {longest} positions; take fewer"
+        )
     return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
 
 
