@@ -284,6 +284,15 @@ def test_gradual():
     models.assert_untouched(model, before)
 
 
+def test_gradual_reads_its_data_once():
+    model = models.bert()
+    batches = (batch for batch in data("bert", 8))
+    family = prune_family(
+        model, batches, speedups=[1.2, 1.5], gradual=True, train=BRIEF, times=made_up(model), trials=1, repeats=1
+    )
+    assert [report.speedup for _, report in family] == [1.2, 1.5]
+
+
 def test_training_after_one_shot_comes_nearer_to_the_dense_model():
     model = models.llama()
     dense = copy.deepcopy(model)

@@ -119,7 +119,7 @@ def prune_family(
                 raise BudgetError(f"a speedup of {speedup:g} can't be reached: all modules are gone; ask for less")
             options["times"] = pruner.times
             options["select"] = left
-            pruner = Pruner(current, calibration, **options)
+            pruner = Pruner(current, pruner.batches, **options)  # data may be read once only
         elif number:
             current = copy.deepcopy(model)
         found = pruner.choose(speedup, allocate=allocate, trials=trials)
