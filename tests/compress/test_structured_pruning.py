@@ -353,6 +353,34 @@ def test_too_few_rows_are_said_and_still_pruned():
     assert torch.isfinite(models.output(model, models.token_batch(1))).all()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"repeats": 0}, "timed once at least .* got repeats=0"),
+        ({"checks": -1}, "checked 0 times or more, .* checks=-1"),
+        ({"trials": -1}, "0 trials or more, got trials=-1"),
+        ({"allocate": "foo"}, "allocate is one of search, errors, uniform, got 'foo'"),
+        ({"speedup": 1.0}, "a speedup is above 1, got 1.0"),
+        ({"speedup": float("nan")}, "a speedup is above 1, got nan"),
+        ({"speedup": "2"}, "a speedup is above 1, got '2'"),
+    ],
+)
+def test_bad_arguments_are_found_before_anything_is_measured(monkeypatch, wrong, message):
+    def never(*_, **__):
+        raise AssertionError("measured")
+
+    for name in ("measure_times", "collect_moments", "as_batches"):
+        monkeypatch.setattr(pruner_module, name, never)
+    model = models.llama()
+    before = models.snapshot(model)
+    with pytest.raises(IsogridError, match=message):
+        prune(model, data("llama"), **({"speedup": 1.3} | wrong))
+    models.assert_untouched(model, before)
+    if "speedup" in wrong:
+        with pytest.raises(IsogridError, match=message):
+            next(prune_family(model, data("llama"), speedups=[1.3, wrong["speedup"]]))
+
+
 def test_bad_calls():
     model = models.llama()
     times = made_up(model)

@@ -13,7 +13,7 @@ from torch import nn
 from isogrid.compress.calibrate import evaluation_mode
 from isogrid.compress.distill import TokenDistillation, distill, original_view
 from isogrid.compress.milliseconds import measured_together
-from isogrid.compress.structured_pruning.pruner import CHECKS, Pruner
+from isogrid.compress.structured_pruning.pruner import CHECKS, Pruner, require_choice
 from isogrid.compress.structured_pruning.summary import PruningReport
 from isogrid.compress.tuning import new_optimizer
 from isogrid.errors import BudgetError, IsogridError
@@ -86,11 +86,14 @@ def prune_family(
         Each model, in eval mode, and its report. The gradual way yields the same model again, smaller.
 
     Raises:
-        IsogridError: no speedups, or several in place that aren't gradual; see `prune`.
+        IsogridError: no speedups, or several in place that aren't gradual; see `prune`. What can be known to be wrong
+            is refused before anything is measured.
     """
-    asked = sorted(set(speedups))
-    if not asked:
+    if not speedups:
         raise IsogridError("prune takes a speedup, such as 1.5")
+    for speedup in speedups:
+        require_choice(speedup, allocate, trials)
+    asked = sorted(set(speedups))
     if in_place and not gradual and len(asked) > 1:
         raise IsogridError(f"one model can't have the speedups {asked} at once; prune gradually, or not in place")
     if gradual and train is None:

@@ -21,7 +21,7 @@ from isogrid.compress.calibrate import as_batches, collect_moments, evaluation_m
 from isogrid.compress.distill import distance, rows_of
 from isogrid.compress.milliseconds import one_row
 from isogrid.compress.structured_pruning.orders import How, Ordered, order_modules
-from isogrid.compress.structured_pruning.search import Found, Units, probed, search, solve
+from isogrid.compress.structured_pruning.search import Found, Units, probed, require_speedup, search, solve
 from isogrid.compress.structured_pruning.summary import ModuleReport, PruningReport
 from isogrid.compress.structured_pruning.times import SavedTimes, measure_times, share_of_time
 from isogrid.compress.summary import count_parameters, stored_bytes
@@ -63,7 +63,7 @@ class Pruner:
 
     Raises:
         IsogridError: unknown architecture, tied or non-finite weights, calibration that doesn't reach a module or is
-            not finite; names the layer.
+            not finite; names the layer. No repeats, or checks below 0.
     """
 
     def __init__(
@@ -85,6 +85,10 @@ class Pruner:
     ) -> None:
         if not hasattr(model, "save_pretrained"):
             raise IsogridError(f"{type(model).__name__} is no transformers model; its config has to hold the sizes")
+        if repeats < 1 or (checks is not None and checks < 0):
+            raise IsogridError(
+                f"a call is timed once at least and checked 0 times or more, got repeats={repeats}, checks={checks}"
+            )
         self.model, self.how, self.seed, self.say = model, how or How(), seed, say
         every = find_coupled(model)
         self.modules = _selected(every, select)
@@ -138,9 +142,9 @@ class Pruner:
 
         Raises:
             BudgetError: it can't be reached; names the largest that can.
+            IsogridError: a speedup that is none, another way to allocate, or trials below 0.
         """
-        if allocate not in ALLOCATIONS:
-            raise IsogridError(f"allocate is one of {', '.join(ALLOCATIONS)}, got {allocate!r}")
+        require_choice(speedup, allocate, trials)
         first = self._checked(speedup)  # also says where nothing is fast enough
         if allocate == "errors":
             return Found(first)
@@ -306,6 +310,15 @@ class Judge:
                 self._numbers.popitem(last=False)
         self._numbers.move_to_end(key)
         return self._numbers[key]
+
+
+def require_choice(speedup: float, allocate: str, trials: int) -> None:
+    """Raise IsogridError for what `Pruner.choose` can't choose by."""
+    require_speedup(speedup)
+    if allocate not in ALLOCATIONS:
+        raise IsogridError(f"allocate is one of {', '.join(ALLOCATIONS)}, got {allocate!r}")
+    if trials < 0:
+        raise IsogridError(f"a search takes 0 trials or more, got trials={trials}")
 
 
 def levels_of(module: Coupled) -> tuple[int, ...]:

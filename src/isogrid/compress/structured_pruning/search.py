@@ -57,6 +57,12 @@ class Found:
     judged: int = 0
 
 
+def require_speedup(speedup: float) -> None:
+    """Raise IsogridError for a speedup that is none."""
+    if not (isinstance(speedup, int | float) and math.isfinite(speedup) and speedup > 1):
+        raise IsogridError(f"a speedup is above 1, got {speedup!r}; 1.5 asks for two thirds of the time")
+
+
 # What an answer that is not finite counts for: more than any that is.
 WORST = 1e6
 
@@ -73,8 +79,7 @@ def solve(errors: Mapping[str, Mapping[int, float]], times: SavedTimes, speedup:
         BudgetError: no sizes are that fast; the message names the largest speedup that there is.
         IsogridError: a speedup that is none.
     """
-    if not (isinstance(speedup, int | float) and math.isfinite(speedup) and speedup > 1):
-        raise IsogridError(f"a speedup is above 1, got {speedup!r}")
+    require_speedup(speedup)
     options: dict[str, list[Level]] = {}
     floor = times.base
     for name, of in errors.items():
