@@ -165,6 +165,49 @@ def test_channel_swaps_never_lose():
         assert costs[0] <= costs[1] * (1 + 1e-12)
 
 
+def measured_errors(dense, pruned, found, batches):
+    """Of each writer, on the dense model's inputs: squared error of outputs over their size, both about the mean."""
+    errors = {}
+    for name, module in found.modules.items():
+        before, after = dense.get_submodule(module.writer), pruned.get_submodule(module.writer)
+        inputs: list[torch.Tensor] = []
+        handle = before.register_forward_pre_hook(lambda _, args, into=inputs: into.append(args[0].flatten(0, 1)))
+        for batch in batches:
+            models.output(dense, batch)
+        handle.remove()
+        x, order = torch.cat(inputs).double(), found.orders[name]
+        kept = x[:, module.columns(order.kept(linear_matrix(after).shape[1] // module.width))]
+        wanted = x @ linear_matrix(before).double().mT
+        lost = wanted - kept @ linear_matrix(after).double().mT
+        if found.how.bias and found.how.criterion == "obs":
+            wanted, lost = wanted - wanted.mean(0), lost - lost.mean(0)
+        errors[name] = float(lost.square().sum() / wanted.square().sum())
+    return errors
+
+
+@pytest.mark.parametrize(
+    "how",
+    [How(), How(bias=False), How(criterion="magnitude"), How(channel_swaps=50, bias=False)],
+)
+def test_the_report_says_what_the_pruned_model_does(how):
+    model, batches = models.llama(), data("llama")
+    dense = copy.deepcopy(model)
+    found = pruner(model, how=how)
+    units = found.choose(1.5, allocate="errors").units
+    chosen = Found(units, found.loss(units))
+    kept = {name: order.kept(units[name]) for name, order in found.orders.items()}
+    small = copy.deepcopy(model)
+    report = found.apply(chosen, 1.5, small)
+    swaps = [name for name, order in found.orders.items() if not torch.equal(kept[name], order.kept(units[name]))]
+    assert bool(swaps) is (how.channel_swaps > 0)
+    fresh = pruner_module.Judge(model, found.orders, found.batches, pruner_module.JUDGED_TOKENS)
+    with torch.no_grad():
+        assert report.loss == pytest.approx(fresh(units), rel=1e-6)
+    assert (report.loss == chosen.loss) is not bool(swaps)
+    measured = measured_errors(dense, small, found, batches)
+    assert {one.name: one.error for one in report.modules} == pytest.approx(measured, rel=1e-3, abs=1e-6)
+
+
 def test_channels_that_never_fire_go_first():
     model = models.gpt2()
     layer = model.transformer.h[0].mlp.c_fc

@@ -17,6 +17,8 @@ from isogrid.linear import Coupled, linear_matrix
 CRITERIA = ("obs", "magnitude")
 # Ridge relative to the mean of the diagonal, as the authors' code has it.
 DAMPING = 0.01
+# Below this part of the second moment a variance is rounding.
+DEAD = 1e-12
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,10 @@ class Ordered:
         return self._sets[units]
 
     def error(self, units: int) -> float:
-        """What that costs as a part of what removing all costs: 0 to 1."""
+        """What that costs as a part of what removing all costs, 0 to 1: what sizes are chosen by.
+
+        By the criterion's own measure and before channels are swapped; see `output_error` for what comes of it.
+        """
         if self.total <= 0:
             return 0.0
         if self.how.criterion == "magnitude" or self.module.kind != "attention" or not self.how.swaps:
@@ -107,10 +112,31 @@ class Ordered:
         cost = removal_cost(self._weight(), damped(self.metric, self.how), self.kept(units), width=self.module.width)
         return min(cost / self.total, 1.0)
 
-    def polish(self, units: int) -> None:
-        """Swap channels of a chosen size for better ones."""
-        if self.how.criterion == "obs" and self.module.kind == "feed_forward" and self.how.channel_swaps:
-            self._sets[units] = self._swapped(self.kept(units), self.how.channel_swaps)
+    def output_error(self, units: int, numbers: tuple[Tensor, Tensor | None]) -> float:
+        """Relative squared error of the writer's outputs, of what they vary by where the bias takes up their mean.
+
+        Args:
+            units: structures kept.
+            numbers: what the writer gets; see `numbers`.
+        """
+        weight, moment = self._weight(), self.metric.moment
+        lost = weight.clone()
+        lost[:, self.module.columns(self.kept(units)).to(weight.device)] -= widened(numbers[0])
+        moment = moment.to(weight.device)
+        least = DEAD * float(((weight @ moment) * weight).sum())
+        if numbers[1] is not None and self.metric.mean is not None:
+            mean = self.metric.mean.to(weight.device)
+            moment = moment - torch.outer(mean, mean)
+        size = float(((weight @ moment) * weight).sum())
+        return max(float(((lost @ moment) * lost).sum()) / size, 0.0) if size > least else 0.0
+
+    def polish(self, units: int) -> bool:
+        """Swap channels of a chosen size for better ones; whether any was."""
+        if self.how.criterion != "obs" or self.module.kind != "feed_forward" or not self.how.channel_swaps:
+            return False
+        before = self.kept(units)
+        self._sets[units] = self._swapped(before, self.how.channel_swaps)
+        return not torch.equal(self._sets[units], before)
 
     def numbers(self, units: int) -> tuple[Tensor, Tensor | None]:
         """The writer's ``(out, kept columns)`` matrix in its own dtype, and its bias; None: as it was, or none."""
@@ -142,7 +168,7 @@ def damped(metric: Metric, how: How) -> Tensor:
     if how.bias and metric.mean is not None:
         moment = moment - torch.outer(metric.mean, metric.mean)
         # An input that never changes is left with rounding; it is dead then.
-        dead = moment.diagonal() <= 1e-12 * metric.moment.diagonal()
+        dead = moment.diagonal() <= DEAD * metric.moment.diagonal()
         moment = moment.masked_fill(dead[:, None] | dead[None, :], 0.0)
     size = moment.diagonal().mean()
     ridge = torch.where(moment.diagonal() > 0, how.damping * size, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -206,18 +206,21 @@ class Pruner:
         report = PruningReport(speedup, calibration=self.calibration, warnings=list(self.warnings))
         report.dense_parameters, report.dense_bytes = count_parameters(target), stored_bytes(target)
         report.base_milliseconds, report.predicted_milliseconds = self.times.base, self.times.predicted(found.units)
-        report.loss, report.first_loss, report.judged = found.loss, found.first, found.judged
         numbers: dict[str, tuple[Tensor, Tensor | None]] = {}
+        polished = [name for name in self.modules if self.orders[name].polish(found.units[name])]
+        self._judge.forget(polished)
         for name, module in self.modules.items():
-            units, order = found.units[name], self.orders[name]
+            units, order, error = found.units[name], self.orders[name], 0.0
             known = entries.get(name, PrunedEntry(module.units, module.units))
             if units < module.units:
-                order.polish(units)
                 numbers[name] = order.numbers(units)
+                error = order.output_error(units, numbers[name])
                 gained = numbers[name][1] is not None and order.layer.bias is None
                 entries[name] = PrunedEntry(units, known.of, gained or known.bias)
             saved = self.times.saved[name][units]
-            report.modules.append(ModuleReport(name, module.unit, units, known.of, order.error(units), saved))
+            report.modules.append(ModuleReport(name, module.unit, units, known.of, error, saved))
+        report.first_loss, report.judged = found.first, found.judged
+        report.loss = self.loss(found.units) if polished and found.loss is not None else found.loss
         # All numbers are there: from here nothing can fail.
         self.cuts = []
         for name, (weight, bias) in numbers.items():
@@ -292,6 +295,12 @@ class Judge:
                 layer.weight, layer.bias = weight, bias
         value = sum(losses) / len(losses)
         return value if value == value else float("inf")
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drop the numbers of modules whose structures are others now."""
+        gone = set(names)
+        for key in [key for key in self._numbers if key[0] in gone]:
+            del self._numbers[key]
 
     def _put(self, order: Ordered, kept: int) -> None:
         weight, bias = self._found(order, kept)

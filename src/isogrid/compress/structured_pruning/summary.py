@@ -19,7 +19,8 @@ class ModuleReport:
         unit: what its structures are: head, group or channel.
         kept: how many are left; 0: the module is gone.
         of: how many the dense model has.
-        error: relative squared error of its outputs on the calibration data, 0 to 1, at this pruning.
+        error: relative squared error of its outputs on the calibration data, with the structures and numbers that it
+            has got: 0 for all, 1 for none; of what outputs vary by where a bias takes up their mean.
         saved: milliseconds of a pass, by the table.
     """
 
@@ -46,7 +47,7 @@ class PruningReport:
         predicted_milliseconds: a pass of the pruned one, by the table.
         milliseconds: of passes in turns, "dense" and "pruned"; None where they weren't measured.
         loss: change of the model's output by the pruning, as the search judges it; None without a search.
-        first_loss: the same of the best sizes before any perturbation.
+        first_loss: the same of the best sizes before any perturbation and before channels are swapped.
         judged: how many sets of sizes the model was asked about.
         distilled: what training reached; None without it.
         parameters: of the whole model now.
