@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import isogrid
 from isogrid import CheckpointError, IsogridError, compress
 from isogrid.checkpoint import PrunedEntry, describe_pruned, mark_structured
+from isogrid.checkpoint.pruned import attach_pruned
 from isogrid.compress import stored_bytes, structured_layers
 from isogrid.linear import find_coupled, linear_matrix, shrink
 from tests import models
@@ -90,6 +91,35 @@ def test_formats_on_top(tmp_path):
     assert structured_layers(again).keys() == structured_layers(model).keys() != set()
     assert tuple(again.get_submodule("model.layers.0.mlp.up_proj").weight.shape) == shrunk["model.layers.0.mlp.up_proj"]
     assert torch.equal(models.exact_output(again, batch), models.exact_output(model, batch))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_modules_beside_others_that_cannot_be_cut(dense, tmp_path):
+    """OLMo 2 normalizes queries and keys of all heads together: its attention stays as it is."""
+    config = transformers.Olmo2Config(
+        vocab_size=models.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = models.shake(transformers.Olmo2ForCausalLM(config), 0).eval()
+    entries = {}
+    for place in range(2):
+        name = f"model.layers.{place}.mlp"
+        shrink(model, find_coupled(model, {name})[name], range(5 * place))
+        entries[name] = PrunedEntry(5 * place, 48)
+    mark_structured(model, pruned=entries)
+    isogrid.save(model, tmp_path / "m", dense=dense)
+    again = transformers.Olmo2ForCausalLM.from_pretrained(tmp_path / "m") if dense else isogrid.load(tmp_path / "m")
+    assert describe_pruned(again) == ({} if dense else entries)
+    batch = models.token_batch(1)
+    torch.testing.assert_close(models.output(again, batch), models.output(model, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_an_entry_of_a_module_that_cannot_be_cut(tmp_path):
+    skeleton = models.llama()
+    skeleton.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(CheckpointError, match="has a parameter 'sinks'"):
+        attach_pruned(skeleton, {ATTENTION: PrunedEntry(1, 2)}, "config.json")
+    assert attach_pruned(skeleton, {"model.layers.0.mlp": PrunedEntry(1, 48)}, "config.json")
 
 
 def test_layers_of_which_nothing_is_left_are_not_rewritten():

@@ -284,6 +284,24 @@ def test_selected_modules_only():
         Pruner(model, data("llama"), select="ffn")
 
 
+def test_modules_that_cannot_be_cut_are_left_out():
+    model = models.llama()
+    model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    for select in (None, "attention", "*.0.*"):
+        with pytest.raises(IsogridError, match=r"layers.0.self_attn' has a parameter 'sinks'.*select them by name"):
+            Pruner(model, data("llama"), select=select)
+    whole = model.model.layers[0].self_attn.o_proj.weight
+    table = made_up(models.llama())
+    with pytest.raises(IsogridError, match=r"module 'model.layers.0.self_attn' is in the given times: .* 'sinks'"):
+        Pruner(model, data("llama"), times=table, select="feed_forward")
+    times = SavedTimes(table.base, {name: of for name, of in table.saved.items() if name != "model.layers.0.self_attn"})
+    report = prune(
+        model, data("llama"), speedup=1.5, times=times, trials=0, repeats=1, select=["feed_forward", "*.1.self_attn"]
+    )
+    assert {one.name for one in report.modules} == times.saved.keys()
+    assert model.model.layers[0].self_attn.o_proj.weight is whole
+
+
 def test_a_family_from_one_run(tmp_path):
     model = models.llama()
     before = models.snapshot(model)

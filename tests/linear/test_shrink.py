@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from isogrid import IsogridError, compress
-from isogrid.linear import NoAttention, find_coupled, is_linear, linear_matrix, shrink
+from isogrid.linear import NoAttention, find_coupled, is_linear, linear_matrix, shrink, survey_coupled
 from tests import models
 
 
@@ -188,11 +188,30 @@ def test_unknown_and_odd_models(model, message):
         find_coupled(model())
 
 
+@pytest.mark.parametrize("change", [_uneven, _no_whole_heads, _wrong_writer, _extra, _headless])
+def test_a_module_that_does_not_matter_may_be_odd(change):
+    found = find_coupled(broken(change), {"model.layers.0.mlp"})
+    assert list(found) == ["model.layers.0.mlp", "model.layers.1.self_attn", "model.layers.1.mlp"]
+    with pytest.raises(IsogridError, match=r"layers.0.self_attn"):
+        find_coupled(broken(change), {"model.layers.0.self_attn"})
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "vit"])
+def test_refused_modules_keep_their_names_and_kinds(name):
+    model = BUILDS[name]()
+    wanted = find_coupled(model)
+    compress(model, "low_rank", keep=0.5)
+    found, refused = survey_coupled(model)
+    assert not found
+    assert {key: one.kind for key, one in refused.items()} == {key: one.kind for key, one in wanted.items()}
+
+
 def test_tied_weights():
     model = models.llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     with pytest.raises(IsogridError, match=r"layers.0.mlp.up_proj' shares its weight.*untie"):
         find_coupled(model)
+    assert "model.layers.0.mlp" not in find_coupled(model, {"model.layers.0.self_attn"})
     model = models.llama()
     model.model.layers[1] = model.model.layers[0]  # whole layers shared, as ALBERT's are
     with pytest.raises(IsogridError, match="shares its weight"):

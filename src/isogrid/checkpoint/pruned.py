@@ -75,12 +75,12 @@ def attach_pruned(model: nn.Module, entries: Mapping[str, PrunedEntry], source: 
         return []
     prefix = getattr(model, "base_model_prefix", "")
     try:
-        known = find_coupled(model)
+        known = find_coupled(model, {key for name in entries for key in _places(name, prefix)})
     except IsogridError as error:
         raise CheckpointError(f"{source}: {error}") from None
     cut: list[str] = []
     for name, entry in entries.items():
-        place = next((key for key in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if key in known), None)
+        place = next((key for key in _places(name, prefix) if key in known), None)
         if place is None and prefix and not name.startswith(f"{prefix}."):
             continue  # of a head that this model doesn't have
         if place is None or known[place].units != entry.of:
@@ -97,6 +97,11 @@ def attach_pruned(model: nn.Module, entries: Mapping[str, PrunedEntry], source: 
             shrink(model, one, range(entry.units), bias=bias)
         cut += one.layers if entry.units or one.kind == "feed_forward" else (one.writer,)
     return cut
+
+
+def _places(name: str, prefix: str) -> tuple[str, str, str]:
+    """What a module may be called in a model with or without the prefix of its base."""
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
 def check_cut(model: nn.Module, cut: Iterable[str], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -127,7 +132,7 @@ def padded(state: Mapping[str, Tensor], skeleton: nn.Module, entries: Mapping[st
         IsogridError: a layer has gained a bias that the skeleton has no place for.
     """
     out = dict(state)
-    known = find_coupled(skeleton) if entries else {}
+    known = find_coupled(skeleton, entries) if entries else {}
     for name, entry in entries.items():
         one, kept = known[name], torch.arange(entry.units)
         for producer in one.producers:

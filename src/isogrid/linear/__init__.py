@@ -1,7 +1,7 @@
 """The layer that holds one matrix in one format."""
 
 from isogrid.linear.convert import convert
-from isogrid.linear.coupled import Coupled, Producer, find_coupled
+from isogrid.linear.coupled import Coupled, Producer, Refused, find_coupled, survey_coupled
 from isogrid.linear.dense_layers import is_linear, linear_matrix
 from isogrid.linear.layer import StructuredLinear
 from isogrid.linear.memory import MEMORY, check_memory, limit_memory
@@ -14,6 +14,7 @@ __all__ = [
     "Cut",
     "NoAttention",
     "Producer",
+    "Refused",
     "StructuredLinear",
     "check_memory",
     "convert",
@@ -26,4 +27,5 @@ __all__ = [
     "products",
     "shrink",
     "speed_table",
+    "survey_coupled",
 ]

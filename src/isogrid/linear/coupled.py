@@ -13,7 +13,7 @@ output``.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,27 +90,63 @@ def _columns(kept: Tensor, width: int) -> Tensor:
     return (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
 
 
-def find_coupled(model: nn.Module) -> dict[str, Coupled]:
+@dataclass(frozen=True)
+class Refused:
+    """An attention or feed-forward module whose structures can't be cut.
+
+    Attributes:
+        kind: "attention" or "feed_forward".
+        why: in words, with what can be done.
+    """
+
+    kind: str
+    why: str
+
+
+def find_coupled(model: nn.Module, wanted: Container[str] | None = None) -> dict[str, Coupled]:
     """The attention and feed-forward modules of a model, by name, in the order the model defines them.
 
+    Args:
+        model: any.
+        wanted: names of modules that matter; None: all. Others are missing where they can't be cut.
+
     Raises:
-        IsogridError: none is found, or one's sizes don't fit together, its layers are shared with another module or
-            hold structured factors; names the layer.
+        IsogridError: none is found, or of one that matters sizes don't fit together, layers are shared with another
+            module or hold structured factors; names the layer.
+    """
+    found, refused = survey_coupled(model)
+    for name, one in refused.items():
+        if wanted is None or name in wanted:
+            raise IsogridError(one.why)
+    return found
+
+
+def survey_coupled(model: nn.Module) -> tuple[dict[str, Coupled], dict[str, Refused]]:
+    """As `find_coupled`; and beside them those that can't be cut, by name too.
+
+    Raises:
+        IsogridError: there is no module of either kind.
     """
     found: dict[str, Coupled] = {}
+    refused: dict[str, Refused] = {}
     for name, module in model.named_modules():
-        for read in (_separate, _fused, _bert_attention, _gated, _plain, _bert_feed_forward):
-            one = read(name, module)
+        for read, kind, inside in READERS:
+            try:
+                one = read(name, module)
+            except IsogridError as error:
+                refused[f"{name}{inside}"] = Refused(kind, str(error))
+                break
             if one is not None:
                 found[one.name] = one
                 break
-    if not found:
+    if not found and not refused:
         raise IsogridError(
             f"{type(model).__name__} has no attention or feed-forward modules that are known here (the layers q_proj, "
             "k_proj, v_proj, o_proj and gate_proj, up_proj, down_proj, or those of BERT, ViT and GPT-2)"
         )
-    _refuse_shared(model, found)
-    return found
+    for name, why in _shared(model, found).items():
+        refused[name] = Refused(found.pop(name).kind, why)
+    return found, refused
 
 
 def _separate(name: str, module: nn.Module) -> Coupled | None:
@@ -143,7 +179,7 @@ def _attention(name: str, module: nn.Module, layers: dict[str, nn.Module], write
     if groups == 0 or heads % groups:
         raise IsogridError(
             f"attention {name!r} has {heads} heads over {groups} groups of keys and values, which don't divide them; "
-            "leave it out"
+            "it can't be pruned"
         )
     if sizes[value] != sizes[key] or sizes[writer][1] != sizes[query][0]:
         raise IsogridError(
@@ -241,15 +277,30 @@ def _refuse_extras(name: str, module: nn.Module, layers: Mapping[str, nn.Module]
             )
 
 
-def _refuse_shared(model: nn.Module, found: Mapping[str, Coupled]) -> None:
+def _shared(model: nn.Module, found: Mapping[str, Coupled]) -> dict[str, str]:
+    """Modules that can't be cut alone, and why."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     weights = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {*declared, *(declared[key] for key in declared)}
+    refused: dict[str, str] = {}
     for one in found.values():
         for layer in one.layers:
             module = model.get_submodule(layer)
             if modules[id(module)] > 1 or weights[id(module.weight)] > 1 or f"{layer}.weight" in tied:
-                raise IsogridError(
+                refused[one.name] = (
                     f"layer {layer!r} shares its weight with another module; cut, both would change: untie it first"
                 )
+                break
+    return refused
+
+
+# In this order: what reads a module, the kind it reads, and where inside of a module of that kind its name lies.
+READERS: tuple[tuple[Callable[[str, nn.Module], Coupled | None], str, str], ...] = (
+    (_separate, "attention", ""),
+    (_fused, "attention", ""),
+    (_bert_attention, "attention", ""),
+    (_gated, "feed_forward", ""),
+    (_plain, "feed_forward", ""),
+    (_bert_feed_forward, "feed_forward", ".intermediate"),
+)

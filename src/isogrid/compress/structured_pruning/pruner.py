@@ -26,7 +26,7 @@ from isogrid.compress.structured_pruning.summary import ModuleReport, PruningRep
 from isogrid.compress.structured_pruning.times import SavedTimes, measure_times, share_of_time
 from isogrid.compress.summary import count_parameters, stored_bytes
 from isogrid.errors import BudgetError, IsogridError, IsogridWarning
-from isogrid.linear import Coupled, find_coupled, shrink
+from isogrid.linear import Coupled, Refused, shrink, survey_coupled
 
 ALLOCATIONS = ("search", "errors", "uniform")
 # Widths that are offered: each this part of the one before.
@@ -52,7 +52,8 @@ class Pruner:
         tokenizer: for texts.
         length: window length in tokens, for texts.
         how: see `How`.
-        select: patterns of module names, or "attention" and "feed_forward"; None: all.
+        select: patterns of module names, or "attention" and "feed_forward"; None: all. Others stay as they
+            are, and may be of a kind that can't be cut.
         times: a table measured before, on the dense model of the same sizes; None: it is measured.
         repeats: of each timed call.
         checks: times that the table is corrected by a cut model's measured time before sizes are chosen; None: 3, and
@@ -90,8 +91,8 @@ class Pruner:
                 f"a call is timed once at least and checked 0 times or more, got repeats={repeats}, checks={checks}"
             )
         self.model, self.how, self.seed, self.say = model, how or How(), seed, say
-        every = find_coupled(model)
-        self.modules = _selected(every, select)
+        every, refused = survey_coupled(model)
+        self.modules = _selected(every, refused, select)
         self.batches = as_batches(calibration, tokenizer, length, training=True)
         self.inputs = one_row(self.batches) if inputs is None else inputs
         checks = (CHECKS if times is None else 0) if checks is None else checks
@@ -102,6 +103,8 @@ class Pruner:
             if name not in times.saved:
                 raise IsogridError(f"module {name!r} is not in the given times; measure them with the same select")
         for name, of in times.saved.items():
+            if name in refused:
+                raise IsogridError(f"module {name!r} is in the given times: {refused[name].why}")
             if name in every and every[name].units not in of:
                 unit = every[name].unit
                 raise IsogridError(
@@ -351,17 +354,19 @@ def _probes(of: Mapping[int, float]) -> list[int]:
     return sorted({min(of, key=lambda units: abs(units - part * most)) for part in PROBES} - {most})
 
 
-def _selected(modules: Mapping[str, Coupled], select: str | Sequence[str] | None) -> dict[str, Coupled]:
-    if select is None:
-        return dict(modules)
-    found: dict[str, Coupled] = {}
-    for pattern in [select] if isinstance(select, str) else select:
-        hits = {
-            n: m for n, m in modules.items() if pattern in (m.kind, n.rpartition(".")[2]) or fnmatchcase(n, pattern)
-        }
+def _selected(
+    modules: Mapping[str, Coupled], refused: Mapping[str, Refused], select: str | Sequence[str] | None
+) -> dict[str, Coupled]:
+    kinds = {name: one.kind for of in (modules, refused) for name, one in of.items()}
+    found: set[str] = set()
+    for pattern in ["*"] if select is None else [select] if isinstance(select, str) else select:
+        hits = {n for n, kind in kinds.items() if pattern in (kind, n.rpartition(".")[2]) or fnmatchcase(n, pattern)}
         if not hits:
-            raise IsogridError(f"no module matches {pattern!r}; there are {', '.join(list(modules)[:4])}, …")
+            raise IsogridError(f"no module matches {pattern!r}; there are {', '.join(list(kinds)[:4])}, …")
         found |= hits
+    for name, one in refused.items():
+        if name in found:
+            raise IsogridError(f"{one.why}; to prune others without it, select them by name or kind")
     return {name: module for name, module in modules.items() if name in found}
 
 
