@@ -36,6 +36,19 @@ def least_squares(weight, hessian, kept, width):
     return found, float(((error @ hessian) * error).sum())
 
 
+def test_a_matrix_without_columns_has_nothing_to_remove():
+    for width in (1, 3):
+        found = removal_order(torch.zeros(4, 0), torch.zeros(0, 0), width=width)
+        assert found.order.tolist() == []
+        assert found.costs.tolist() == [0]
+        assert found.kept(0).tolist() == []
+        assert found.cost(0) == 0
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert kept_weights(torch.zeros(4, 0), torch.zeros(0, 0), nothing).shape == (4, 0)
+    assert swapped(torch.zeros(4, 0), torch.zeros(0, 0), nothing).tolist() == []
+    assert removal_cost(torch.zeros(4, 0), torch.zeros(0, 0), nothing) == 0
+
+
 def test_the_worked_example():
     found = removal_order(WEIGHT, HESSIAN)
     assert found.order.tolist() == [0, 1, 2]

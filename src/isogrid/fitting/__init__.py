@@ -10,7 +10,7 @@ from isogrid.fitting.pruning import PRUNERS, Kept, normalized, prune, pruned, re
 from isogrid.fitting.report import FitReport, OnStep, rank_bound, rank_errors
 from isogrid.fitting.shared_bases import shared_bases
 from isogrid.fitting.slices import fit_slices, project_slices
-from isogrid.fitting.structure_removal import Removal, kept_weights, removal_cost, removal_order, swapped
+from isogrid.fitting.structure_removal import Removal, columns_of, kept_weights, removal_cost, removal_order, swapped
 from isogrid.fitting.supports import Groups, Pattern, sweep_supports
 from isogrid.fitting.sweep import Rounding, damped_moment, inverse_root, kept_of, largest_of_groups, sweep_columns
 
@@ -32,6 +32,7 @@ __all__ = [
     "chain_project",
     "chain_shapes",
     "cholesky",
+    "columns_of",
     "damped_moment",
     "descend",
     "dominant_inputs",

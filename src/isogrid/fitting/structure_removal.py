@@ -51,6 +51,11 @@ class Removal:
         return float(self.costs[len(self.order) - count])
 
 
+def columns_of(structures: Tensor, width: int) -> Tensor:
+    """The columns of some structures, ``width`` neighbouring ones each, in their order."""
+    return (structures[:, None] * width + torch.arange(width, device=structures.device)).flatten()
+
+
 def removal_order(weight: Tensor, hessian: Tensor, *, width: int = 1, panel: int = PANEL) -> Removal:
     """Remove structures one by one, always the one whose loss is the least.
 
@@ -65,6 +70,8 @@ def removal_order(weight: Tensor, hessian: Tensor, *, width: int = 1, panel: int
         IsogridError: sizes that don't belong together, NaN or infinite numbers.
     """
     weight, hessian = _checked(weight, hessian, width)
+    if not weight.shape[1]:
+        return Removal(torch.zeros(0, dtype=torch.int64, device=weight.device), weight.new_zeros(1))
     inverse = _inverse(hessian)
     gram = weight.mT @ weight
     alive = torch.arange(weight.shape[1] // width, device=weight.device)
@@ -163,10 +170,10 @@ def removal_cost(weight: Tensor, hessian: Tensor, kept: Tensor, *, width: int = 
         width: columns of a structure.
     """
     weight, hessian = _checked(weight, hessian, width)
-    removed = _columns(_others(kept, weight.shape[1] // width), width)
+    removed = columns_of(_others(kept, weight.shape[1] // width), width)
     if len(removed) == 0:
         return 0.0
-    columns = _columns(kept, width)
+    columns = columns_of(kept, width)
     # The error of the removed part that the kept part can't take over: W_P (H_PP - H_PK H_KK⁻¹ H_KP) W_Pᵀ.
     across = torch.linalg.solve_triangular(
         cholesky(hessian[columns][:, columns]), hessian[columns][:, removed], upper=False
@@ -189,7 +196,7 @@ def kept_weights(weight: Tensor, hessian: Tensor, kept: Tensor, *, width: int = 
         ``(out, kept columns)``, float64.
     """
     weight, hessian = _checked(weight, hessian, width)
-    columns, removed = _columns(kept, width), _columns(_others(kept, weight.shape[1] // width), width)
+    columns, removed = columns_of(kept, width), columns_of(_others(kept, weight.shape[1] // width), width)
     if len(columns) == 0 or len(removed) == 0:
         return weight[:, columns]
     moved = torch.cholesky_solve(hessian[columns][:, removed], cholesky(hessian[columns][:, columns]))
@@ -239,7 +246,7 @@ def swapped(weight: Tensor, hessian: Tensor, kept: Tensor, *, width: int = 1, sw
 def _swap_changes(weight: Tensor, hessian: Tensor, kept: Tensor, removed: Tensor, width: int) -> Tensor:
     """``(kept, removed)`` change of the cost when one takes the other's place."""
     k, p = len(kept), len(removed)
-    inside, outside = _columns(kept, width), _columns(removed, width)
+    inside, outside = columns_of(kept, width), columns_of(removed, width)
     inverse = _inverse(hessian[inside][:, inside])
     across = hessian[inside][:, outside]  # (k w, p w)
     moves = inverse @ across  # U
@@ -272,10 +279,6 @@ def _inverse(hessian: Tensor) -> Tensor:
     if failed or float(pivots.min()) < SINGULAR:
         root = cholesky(hessian + SINGULAR * hessian.diagonal().mean() * torch.eye(len(hessian)).to(hessian))
     return torch.cholesky_inverse(root)
-
-
-def _columns(structures: Tensor, width: int) -> Tensor:
-    return (structures[:, None] * width + torch.arange(width, device=structures.device)).flatten()
 
 
 def _others(kept: Tensor, count: int) -> Tensor:

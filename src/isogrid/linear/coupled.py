@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.errors import IsogridError
+from isogrid.fitting import columns_of
 from isogrid.linear.dense_layers import is_linear, linear_matrix
 from isogrid.linear.layer import StructuredLinear
 
@@ -41,7 +42,7 @@ class Producer:
 
     def rows(self, units: int, kept: Tensor) -> Tensor:
         """The outputs that belong to some of ``units`` structures."""
-        within = _columns(kept, self.width)
+        within = columns_of(kept, self.width)
         return (torch.arange(self.parts, device=within.device)[:, None] * units * self.width + within).flatten()
 
 
@@ -78,16 +79,12 @@ class Coupled:
 
     def columns(self, kept: Tensor) -> Tensor:
         """The writer's inputs that belong to some structures."""
-        return _columns(kept, self.width)
+        return columns_of(kept, self.width)
 
     @property
     def unit(self) -> str:
         """What one structure is called."""
         return "channel" if self.kind == "feed_forward" else "head" if self.heads == 1 else "group"
-
-
-def _columns(kept: Tensor, width: int) -> Tensor:
-    return (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
 
 
 @dataclass(frozen=True)
