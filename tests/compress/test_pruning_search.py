@@ -53,10 +53,14 @@ def test_the_best_of_all_sizes_within_the_time(seed, speedup):
     )
 
 
+def largest_speedup(times):
+    return times.base / (times.base - sum(max(of.values()) for of in times.saved.values()))
+
+
 def test_more_speed_never_costs_less():
     errors, times = instance(1)
     sums = []
-    for speedup in (1.05, 1.1, 1.2, 1.3, times.largest_speedup() * 0.999):
+    for speedup in (1.05, 1.1, 1.2, 1.3, largest_speedup(times) * 0.999):
         units = solve(errors, times, speedup)
         sums.append(sum(errors[name][kept] for name, kept in units.items()))
     assert sums == sorted(sums)
@@ -64,7 +68,7 @@ def test_more_speed_never_costs_less():
 
 def test_the_largest_speedup_is_named_and_can_be_reached():
     errors, times = instance(2)
-    most = times.largest_speedup()
+    most = largest_speedup(times)
     with pytest.raises(BudgetError) as raised:
         solve(errors, times, most * 1.01)
     named = float(

@@ -143,7 +143,7 @@ def search(
     bases: Sequence[Mapping[str, Mapping[int, float]]],
     times: SavedTimes,
     speedup: float,
-    judge: Judge | None,
+    judge: Judge,
     *,
     trials: int = 32,
     seed: int = 0,
@@ -154,7 +154,7 @@ def search(
         bases: costs by module and size; several are tried, the best one is perturbed.
         times: of the same modules and sizes.
         speedup: of the whole model.
-        judge: the model's loss with modules cut to sizes; None: the first costs decide.
+        judge: the model's loss with modules cut to sizes.
         trials: perturbed sets that are judged.
         seed: of the perturbations.
 
@@ -162,8 +162,6 @@ def search(
         BudgetError: see `solve`.
     """
     starts = [solve(base, times, speedup) for base in bases]
-    if judge is None:
-        return Found(starts[0])
     known: dict[tuple[int, ...], float] = {}
 
     def value(units: Units) -> float:

@@ -66,11 +66,6 @@ class SavedTimes:
         saved = {name: {kept: value * factor for kept, value in of.items()} for name, of in self.saved.items()}
         return SavedTimes(self.base, saved)
 
-    def largest_speedup(self) -> float:
-        """What the smallest time that the table knows gives."""
-        least = self.base - sum(max(of.values()) for of in self.saved.values())
-        return self.base / least if least > 0 else float("inf")
-
 
 def measure_times(
     model: nn.Module,
