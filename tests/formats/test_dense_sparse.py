@@ -118,6 +118,34 @@ def test_descent_lowers_the_error_of_coupled_blocks() -> None:
     assert (found[~places] == 0).all()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_without_inputs(seed: int) -> None:
+    """Four blocks of two columns for five: one has a column, one none; what is there is fitted exactly."""
+    target = torch.randn(16, 5, generator=torch.Generator().manual_seed(seed))
+    fmt = DenseSparse(4, blocks=4)
+    for solver in ("default", "projection"):
+        factors = fmt.fit(target, solver=solver)
+        assert (factors["dictionary"].transpose(0, 1).reshape(4, 8)[:, 5:] == 0).all()
+        assert relative_loss(target.double(), fmt.dense(factors, 16, 5).double(), torch.eye(5).double()) < 1e-10
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+@pytest.mark.parametrize(("out", "features", "atoms", "blocks"), [(16, 8, 4, 2), (12, 6, 4, 1), (24, 12, 6, 2)])
+def test_a_round_that_rounding_spoils_is_taken_back(
+    seed: int, out: int, features: int, atoms: int, blocks: int
+) -> None:
+    source = torch.Generator().manual_seed(seed)
+    target, rows = (torch.randn(count, features, generator=source) for count in (out, 3))
+    rows[:, 0] *= 1e4
+    fmt, metric = DenseSparse(atoms, blocks=blocks), Metric.from_rows(rows)
+    errors: list[float] = []
+    found = fmt.fit(target, metric, on_step=lambda _, error: errors.append(error))
+    assert all(later <= before for before, later in itertools.pairwise(errors))
+    reached = fmt.dense(found, out, features).double() - target.double()
+    size = float(((target.double() @ metric.matrix) * target.double()).sum())
+    assert float(((reached @ metric.matrix) * reached).sum()) <= errors[0] + 1e-10 * size
+
+
 def test_all_atoms_of_one_block_are_low_rank() -> None:
     target = gaussian(14, 10)
     for metric in (None, ill_conditioned(10, condition=1e2)):

@@ -176,8 +176,8 @@ class DenseSparse(Format):
                 generator=generator,
                 on_step=on_step,
             )
-            dictionary = dictionary.clone()
-            dictionary[-1, :, dictionary.shape[2] - (width - n) :] = 0
+            beyond = torch.arange(width, device=dictionary.device).view(self.blocks, 1, -1) >= n
+            dictionary = dictionary.masked_fill(beyond, 0)
         flat, codes = unit_atoms(dictionary.flatten(0, 1), codes)
         return {"dictionary": flat.view(dictionary.shape), "values": codes[mask], "mask": pack_mask(mask)}
 
