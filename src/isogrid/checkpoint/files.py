@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from isogrid.checkpoint.dense import dense_copy
 from isogrid.checkpoint.headers import CONFIG, WEIGHTS, check_headers, read_config, read_headers, weight_files
 from isogrid.checkpoint.layers import (
     MARK,
@@ -30,11 +31,11 @@ from isogrid.checkpoint.layers import (
     matrix_like,
     parse_config,
 )
-from isogrid.checkpoint.pruned import describe_pruned, padded, parse_pruned
+from isogrid.checkpoint.pruned import parse_pruned
 from isogrid.checkpoint.rewrites import set_memory
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
-from isogrid.linear import StructuredLinear, check_memory
+from isogrid.linear import check_memory
 
 
 def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
@@ -135,52 +136,6 @@ def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.
         model.get_submodule(place).to_empty(device=matrix_like(layer).device).train(layer.training)
     model.load_state_dict(state, assign=False)
     return model
-
-
-def dense_copy(model: Any) -> Any:
-    """A dense transformers model that computes the same: structured layers multiplied out, the rest shared.
-
-    Pruned modules get zeros in the place of what they have lost, so that any reader of the architecture takes them.
-
-    Raises:
-        IsogridError: not a transformers model.
-    """
-    if not hasattr(model, "save_pretrained"):
-        raise IsogridError(f"{type(model).__name__} is not a transformers model")
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        skeleton = type(model)(config)
-    state: dict[str, Tensor] = {}
-    structured = {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
-    for name, value in model.state_dict().items():
-        layer = name.rpartition(".")[0]
-        if layer not in structured or name.endswith(".bias"):
-            state[name] = value
-    for name, module in structured.items():
-        place = skeleton.get_submodule(name)
-        matrix = module.dense().detach()
-        state[f"{name}.weight"] = (matrix if isinstance(place, nn.Linear) else matrix.mT).contiguous().clone()
-        if module.bias is not None and place.bias is None:
-            raise IsogridError(
-                f"layer {name!r} has gained a bias that a dense {type(place).__name__} here does not have"
-            )
-    state = padded(state, skeleton, describe_pruned(model))
-    missing, unexpected = skeleton.load_state_dict(state, strict=False, assign=True)
-    skeleton.tie_weights()
-    untied = [key for key in missing if key not in (getattr(skeleton, "all_tied_weights_keys", None) or {})]
-    if untied or unexpected:
-        raise IsogridError(f"the model differs from its config: missing {untied[:3]}, unexpected {unexpected[:3]}")
-    # Buffers that no file holds (rotary frequencies) were built without numbers; the model has them.
-    for name, buffer in model.named_buffers():
-        owner, _, key = name.rpartition(".")
-        place = skeleton.get_submodule(owner)
-        if key in place._buffers and place._buffers[key] is not None and place._buffers[key].is_meta:
-            place._buffers[key] = buffer
-    if getattr(model, "generation_config", None) is not None:
-        skeleton.generation_config = copy.deepcopy(model.generation_config)
-    return skeleton.train(model.training)
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:

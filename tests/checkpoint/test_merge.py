@@ -1,0 +1,84 @@
+"""Models made dense again, in place and as copies: the same numbers for whoever reads them."""
+
+import pytest
+import torch
+from torch import nn
+
+import isogrid
+from isogrid import IsogridError, StructuredLinear, compress
+from isogrid.compress import structured_layers
+from tests import models
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_merged_models_are_of_their_architecture(name, dense, tmp_path):
+    model, batch = models.TRANSFORMERS[name].build(), models.TRANSFORMERS[name].batch(3)
+    kinds = {key: type(module) for key, module in model.named_modules()}
+    compress(model, "low_rank", keep=0.7)
+    wanted = models.output(model, batch)
+    isogrid.merge(model)
+    assert {key: type(module) for key, module in model.named_modules()} == kinds
+    torch.testing.assert_close(models.output(model, batch), wanted, rtol=0, atol=1e-5)
+    again = isogrid.load(isogrid.save(model, tmp_path / "m", dense=dense))
+    torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_dense_export_turns_linear_layers_that_stand_for_conv1d(tmp_path):
+    model, batch = models.gpt2(), models.token_batch(3)
+    compress(model, "low_rank", keep=0.7)
+    wanted = models.output(model, batch)
+    for name, layer in structured_layers(model).items():
+        model.set_submodule(name, layer.merge())
+    again = isogrid.load(isogrid.save(model, tmp_path / "m", dense=True))
+    torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_transformers_model_inside_a_module_is_merged_by_its_architecture(tmp_path):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = models.gpt2()
+
+        def forward(self, **batch):
+            return self.body(**batch)
+
+    model, batch = Wrapped().eval(), models.token_batch(3)
+    compress(model, "low_rank", keep=0.7)
+    wanted = models.output(model, batch)
+    isogrid.save(isogrid.merge(model), tmp_path / "m")
+    again = isogrid.load(tmp_path / "m", Wrapped().eval())
+    torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_layers_without_a_bias_fit_into_conv1d():
+    model, batch = models.gpt2(), models.token_batch(3)
+    layer = StructuredLinear(24, 72, "low_rank(rank=4)", bias=False).eval()
+    model.set_submodule("transformer.h.0.attn.c_attn", layer)
+    wanted = models.output(model, batch)
+    torch.testing.assert_close(models.output(isogrid.merge(model), batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_frozen_layers_stay_frozen():
+    model = models.gpt2()
+    compress(model, "low_rank", keep=0.7)
+    frozen = "transformer.h.0.mlp.c_fc"
+    model.get_submodule(frozen).requires_grad_(False)
+    names = list(structured_layers(model))
+    isogrid.merge(model)
+    for name in names:
+        assert {value.requires_grad for value in model.get_submodule(name).parameters()} == {name != frozen}
+
+
+def test_a_model_that_its_config_does_not_build_is_left_alone():
+    class Odd(type(models.gpt2())):
+        def __init__(self, config, size):
+            super().__init__(config)
+            self.size = size
+
+    model = Odd(models.gpt2().config, 3)
+    compress(model, "low_rank", keep=0.7)
+    before = models.snapshot(model)
+    with pytest.raises(IsogridError, match=r"Odd can't be built from its config alone .*layer.merge\(\)"):
+        isogrid.merge(model)
+    models.assert_untouched(model, before)
