@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned
+from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned, spellings
 from isogrid.errors import CheckpointError, IsogridError
 from isogrid.formats import Format, format_from_dict
 from isogrid.linear import StructuredLinear, check_memory, is_linear, linear_matrix
@@ -144,7 +144,7 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
     prefix = getattr(model, "base_model_prefix", "")
     resolved: dict[str, str] = {}
     for name, entry in layers.items():
-        place = _find_layer(model, name, prefix)
+        place = _find_layer(model, name)
         if place is None:
             if prefix and not name.startswith(f"{prefix}."):
                 # a layer of a head that this model doesn't have
@@ -173,8 +173,8 @@ def matrix_like(module: nn.Module) -> Tensor:
     return module.weight if isinstance(module, StructuredLinear) else linear_matrix(module)
 
 
-def _find_layer(model: nn.Module, name: str, prefix: str) -> str | None:
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+def _find_layer(model: nn.Module, name: str) -> str | None:
+    for candidate in spellings(model, name):
         try:
             place = model.get_submodule(candidate)
             if is_linear(place) or isinstance(place, StructuredLinear):
