@@ -517,6 +517,55 @@ def test_saving_into_a_project_that_happens_to_have_a_config_json(foreign, tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("foreign", ["notes.txt", "results.json", "CHANGES.md", "my.safetensors", "a.model"])
+def test_files_that_only_end_like_those_of_a_checkpoint_survive(foreign, weights, tmp_path):
+    project = tmp_path / "project"
+    if weights:
+        isogrid.save(small(), project)
+    project.mkdir(exist_ok=True)
+    (project / "config.json").write_text('{"colour": "green"}')
+    (project / "README.md").write_text("mine")
+    (project / foreign).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(IsogridError, match=rf"project holds '{foreign}', no part of a checkpoint; give an empty"):
+        isogrid.save(small(), project)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("names", "missing"), [(["config.json", "README.md"], "model.safetensors"),
+                                                (["model.safetensors", "vocab.txt"], "config.json")])  # fmt: skip
+def test_half_of_a_checkpoint_is_none(names, missing, tmp_path):
+    (tmp_path / "project").mkdir()
+    for name in names:
+        (tmp_path / "project" / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(IsogridError, match=rf"project holds .*, but no checkpoint: {missing} is missing; give"):
+        isogrid.save(small(), tmp_path / "project")
+    assert contents(tmp_path) == before
+
+
+BESIDE = (
+    "compression.json", "pruning.json", "evaluation.json", "README.md", ".gitattributes", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def test_what_belongs_to_a_checkpoint_is_replaced_with_it(tmp_path):
+    isogrid.save(small(), tmp_path / "model")
+    for name in BESIDE:
+        (tmp_path / "model" / name).write_text("old")
+    isogrid.save(small(), tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    model = models.llama()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    isogrid.save(model, tmp_path / "shards")
+    assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".json", ".safetensors"}
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 1
+
+
 def test_saving_into_an_empty_folder_and_into_a_deep_new_one(tmp_path):
     (tmp_path / "empty").mkdir()
     isogrid.save(small(), tmp_path / "empty")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from isogrid.checkpoint.dense import dense_copy
-from isogrid.checkpoint.headers import CONFIG, WEIGHTS, check_headers, read_config, read_headers, weight_files
+from isogrid.checkpoint.headers import CONFIG, INDEX, WEIGHTS, check_headers, read_config, read_headers, weight_files
 from isogrid.checkpoint.layers import (
     MARK,
     QUANT_METHOD,
@@ -191,7 +192,7 @@ def check_place(folder: Path) -> None:
     if folder.is_dir():
         foreign = _foreign(folder)
         if foreign is not None:
-            raise IsogridError(f"{folder} holds {foreign!r}, no part of a checkpoint; give an empty or new folder")
+            raise IsogridError(f"{folder} holds {foreign}; give an empty or new folder")
     place = folder.parent
     while not place.exists():
         place = place.parent
@@ -199,19 +200,32 @@ def check_place(folder: Path) -> None:
         raise IsogridError(f"{place} can't be written to; give another folder")
 
 
-# What save_pretrained of models and tokenizers writes, and the page of a model on a hub.
-CHECKPOINT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".md"})
+# What save_pretrained of models, tokenizers and processors writes, with the page of a model on a hub, and what our
+# commands write beside it. Known by whole names: projects have JSON and text files, too.
+CHECKPOINT_FILES = re.compile(
+    r"""
+    (config | generation_config | quantize_config | (video_)?preprocessor_config | processor_config)\.json
+    | model(-\d+-of-\d+)?\.safetensors | model\.safetensors\.index\.json
+    | (tokenizer(\.[\d.]+)? | tokenizer_config | special_tokens_map | added_tokens | chat_template)\.json
+    | ([a-z]+_)?vocab(-[a-z]+)?\.(json|txt) | merges\.txt | chat_template\.jinja
+    | (tokenizer | spiece | spm | spm_char | sentencepiece(\.bpe)?)\.model
+    | README\.md | \.gitattributes
+    | (compression | evaluation | pruning)\.json
+    """,
+    re.VERBOSE,
+)
 
 
 def _foreign(folder: Path) -> str | None:
-    """The name of something in a folder that is no part of a checkpoint; None where all of it may be replaced."""
-    names = {file.name for file in folder.iterdir()}
-    if not names:
+    """What in a folder is no part of a checkpoint; None where all of it may be replaced."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        if file.is_dir() or not CHECKPOINT_FILES.fullmatch(file.name):
+            return f"{file.name!r}, no part of a checkpoint"
+    names = [file.name for file in files]
+    if not names or (CONFIG in names and (WEIGHTS in names or INDEX in names)):
         return None
-    for file in sorted(folder.iterdir()):
-        if file.is_dir() or (file.suffix not in CHECKPOINT_SUFFIXES and file.name != ".gitattributes"):
-            return file.name
-    return None if CONFIG in names else min(names)
+    return f"{names[0]!r}, but no checkpoint: {WEIGHTS if CONFIG in names else CONFIG} is missing"
 
 
 def _readable(is_folder: bool) -> int:
