@@ -2,6 +2,9 @@ import json
 import os
 import shutil
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -672,9 +675,38 @@ def test_file_modes_follow_the_umask(mask, tmp_path):
 
 
 def test_leftovers_of_a_killed_process_do_no_harm(tmp_path):
-    leftover = tmp_path / f".model.writing-{os.getpid()}"
+    leftover = tmp_path / ".model.writing-abc"
     leftover.mkdir()
     (leftover / "half.safetensors").write_text("half")
     isogrid.save(small(), tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", leftover.name}
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_threads_that_save_to_one_place_at_once(earlier, tmp_path):
+    if earlier:
+        isogrid.save(small(), tmp_path / "model")
+    met = threading.Barrier(4)
+
+    def write(number, to):
+        met.wait(20)  # all have begun before one ends
+        (to / "config.json").write_text(str(number))
+        (to / "model.safetensors").write_text(str(number))
+
+    def rounds(number):
+        for _ in range(10):
+            write_folder(tmp_path / "model", partial(write, number))
+
+    mask = os.umask(0o022)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(rounds, number) for number in range(4)]:
+                done.result()
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(mask)
+    written = contents(tmp_path)
+    assert written.keys() == {"model/config.json", "model/model.safetensors"}
+    assert len(set(written.values())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,33 +149,42 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     check_place(folder)
     asked, folder = folder, folder.resolve()  # a link stays, what it points to is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+    fresh = room / "new"  # of the mode that the umask gives; the room is private
     try:
+        fresh.mkdir()
         write(fresh)
+        readable = fresh.stat().st_mode & 0o666
         for file in fresh.rglob("*"):
-            # safetensors writes files that only their owner may read.
-            file.chmod(_readable(file.is_dir()))
             if file.is_file():
+                file.chmod(readable)  # safetensors writes files that only their owner may read
                 _flush(file)
-        if folder.is_dir():
-            # A name of its own: a process killed between the two renames leaves the only copy there.
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
-            folder.rename(aside / "old")
-            try:
-                fresh.rename(folder)
-            except BaseException:
-                (aside / "old").rename(folder)
-                aside.rmdir()
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            fresh.rename(folder)
+        with _exchanging:
+            _exchange(fresh, folder)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(room, ignore_errors=True)
     return asked
+
+
+# Between its two renames there is no folder in the place; other threads wait.
+_exchanging = threading.Lock()
+
+
+def _exchange(fresh: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        fresh.rename(folder)
+        return
+    # A name of its own: a process killed between the two renames leaves the only copy there.
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
+    folder.rename(aside / "old")
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        (aside / "old").rename(folder)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_place(folder: Path) -> None:
@@ -190,7 +200,8 @@ def check_place(folder: Path) -> None:
     if folder == Path.cwd() or folder in Path.cwd().parents:
         raise IsogridError(f"{folder} is the working directory, which can't be replaced; give a folder inside it")
     if folder.is_dir():
-        foreign = _foreign(folder)
+        with _exchanging:
+            foreign = _foreign(folder) if folder.is_dir() else None
         if foreign is not None:
             raise IsogridError(f"{folder} holds {foreign}; give an empty or new folder")
     place = folder.parent
@@ -226,12 +237,6 @@ def _foreign(folder: Path) -> str | None:
     if not names or (CONFIG in names and (WEIGHTS in names or INDEX in names)):
         return None
     return f"{names[0]!r}, but no checkpoint: {WEIGHTS if CONFIG in names else CONFIG} is missing"
-
-
-def _readable(is_folder: bool) -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return (0o777 if is_folder else 0o666) & ~mask
 
 
 def _flush(path: Path) -> None:
