@@ -480,6 +480,36 @@ def test_merged_models_save_as_dense_ones(tmp_path):
     assert not hasattr(again.config, "quantization_config")
 
 
+class Counting(nn.Module):
+    """A layer whose state dict holds one thing more."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.layer, self.state = nn.Linear(24, 24), state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_state_that_is_no_tensor(tmp_path):
+    plain, odd = nn.Sequential(nn.Linear(24, 24), Counting({"calls": 3})), Counting([1])
+    for model, message in (
+        (plain, r"module '1' \(Counting\) .* a dict \(get_extra_state\)"),
+        (odd, "the model .* a list"),
+    ):
+        compress(model, "low_rank", keep=0.5)
+        with pytest.raises(IsogridError, match=message + r".*; keep it in a buffer"):
+            isogrid.save(model, tmp_path / "m")
+        assert not list(tmp_path.iterdir())
+    isogrid.save(Counting(torch.tensor([7, 8])), tmp_path / "m")
+    assert isogrid.load(tmp_path / "m", Counting(torch.zeros(2, dtype=torch.long))).state.tolist() == [7, 8]
+    with pytest.raises(IsogridError, match=r"the model .* a dict"):
+        isogrid.load(tmp_path / "m", Counting({}))
+
+
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,8 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
         The folder.
 
     Raises:
-        IsogridError: the folder holds something that is no checkpoint, or ``dense`` for a plain module.
+        IsogridError: the folder holds something that is no checkpoint, ``dense`` for a plain module, or a plain module
+            whose state is more than tensors.
     """
     folder = Path(folder)
     if dense:
@@ -70,7 +71,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
             with quiet_transformers():
                 model.save_pretrained(to)
         else:
-            state, aliases = _unshared(model.state_dict())
+            state, aliases = _unshared(_tensors(model))
             add_marks(model, state)
             save_file(state, to / WEIGHTS, metadata={"format": "pt"})
             config = {"quantization_config": config_of(describe_layers(model)), "aliases": aliases}
@@ -96,6 +97,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, memory: str | No
 
     Raises:
         CheckpointError: half-written, truncated, corrupt, or of another model; ``model`` is then unchanged.
+        IsogridError: ``model`` has state that is no tensor.
     """
     if memory is not None:
         check_memory(memory)
@@ -125,7 +127,7 @@ def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.
     check_headers(layers, headers, str(folder))
     skeleton = _on_meta(model)
     places = list(attach_layers(skeleton, layers, str(folder)).values())
-    expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in _tensors(skeleton).items()}
     state = {name: value for file in files for name, value in load_file(file).items()}
     for name, kept in _aliases(config, state, str(folder)).items():
         state[name] = state[kept]
@@ -245,6 +247,21 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, which may hold nothing but tensors."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            owner = name.rpartition(".")[0]
+            place = f"module {owner!r}" if owner else "the model"
+            raise IsogridError(
+                f"{place} ({type(model.get_submodule(owner)).__name__}) has state that is no tensor but a "
+                f"{type(value).__name__} (get_extra_state), which no safetensors file holds; keep it in a buffer, or "
+                "let get_extra_state give a tensor"
+            )
+    return state
 
 
 def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
