@@ -82,3 +82,64 @@ def test_a_model_that_its_config_does_not_build_is_left_alone():
     with pytest.raises(IsogridError, match=r"Odd can't be built from its config alone .*layer.merge\(\)"):
         isogrid.merge(model)
     models.assert_untouched(model, before)
+
+
+# ---- one layer in several places ----------------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """A layer with two names, and a part with two."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.a = self.b = layer
+        self.part = self.again = nn.Sequential(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.again(torch.tanh(self.part(self.b(torch.tanh(self.a(x))))))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_layer_in_two_places_is_saved_loaded_and_merged_as_one(trained, tmp_path):
+    model, x = Twice(StructuredLinear(8, 8, "low_rank(rank=2)")).eval(), torch.randn(5, 8)
+    model.part[0] = StructuredLinear(8, 8, "monarch(blocks=2)").eval().requires_grad_(trained)
+    wanted = model(x).detach()
+    folder = isogrid.save(model, tmp_path / "m")
+    again = isogrid.load(folder, Twice(nn.Linear(8, 8)).eval())
+    assert again.a is again.b
+    assert again.part is again.again
+    assert torch.equal(again(x), wanted)
+    isogrid.merge(model)
+    assert model.a is model.b
+    assert {type(layer) for layer in (model.a, model.part[0])} == {nn.Linear}
+    assert model.part[0].weight.requires_grad == trained
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=1e-5)
+    dense = isogrid.load(isogrid.save(model, tmp_path / "m"), Twice(nn.Linear(8, 8)).eval())
+    torch.testing.assert_close(dense(x), wanted, rtol=0, atol=1e-5)
+
+
+def test_layers_that_one_model_shares_fill_one_that_does_not(tmp_path):
+    model, x = Twice(StructuredLinear(8, 8, "low_rank(rank=2)")).eval(), torch.randn(5, 8)
+    other = Twice(nn.Linear(8, 8)).eval()
+    other.b = nn.Linear(8, 8)
+    isogrid.load(isogrid.save(model, tmp_path / "m"), other)
+    assert other.a is not other.b
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_dense_export_of_a_layer_in_two_places(tmp_path):
+    model, batch = models.llama(), models.token_batch()
+    layers = model.model.layers
+    layers[0].mlp.up_proj = layers[1].mlp.up_proj = StructuredLinear(32, 48, "low_rank(rank=4)", bias=False)
+    wanted = models.output(model.eval(), batch)
+    again = isogrid.load(isogrid.save(model, tmp_path / "m", dense=True))
+    torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_layer_alone_is_refused(tmp_path):
+    layer = StructuredLinear(8, 8, "low_rank(rank=2)")
+    with pytest.raises(IsogridError, match=r"of a single layer take layer.merge\(\)"):
+        isogrid.merge(layer)
+    with pytest.raises(IsogridError, match=r"a structured layer alone .* nn.Sequential\(layer\)"):
+        isogrid.save(layer, tmp_path / "m")
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.checkpoint.layers import mark_structured
+from isogrid.checkpoint.layers import mark_structured, structured_places
 from isogrid.checkpoint.pruned import describe_pruned, padded
 from isogrid.errors import IsogridError
 from isogrid.linear import StructuredLinear, is_linear
@@ -25,18 +25,21 @@ def merge(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        IsogridError: a transformers model that its config alone doesn't build.
+        IsogridError: a structured layer alone, or a transformers model that its config alone doesn't build.
     """
-    structured = {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
+    if isinstance(model, StructuredLinear):
+        raise IsogridError("merge changes the layers within a model; of a single layer take layer.merge()")
+    structured = structured_places(model)
     transposed = _transposed_places(model) if structured else {}
-    merged: dict[str, nn.Module] = {}
+    merged: dict[tuple[int, type[nn.Module] | None], nn.Module] = {}
     for name, module in structured.items():
-        layer: nn.Module = module.merge()
-        if name in transposed:
-            layer = _transposed(layer, transposed[name])
-        merged[name] = layer.requires_grad_(any(value.requires_grad for value in module.parameters()))
-    for name, layer in merged.items():
-        model.set_submodule(name, layer)
+        kind = transposed.get(name)
+        if (id(module), kind) not in merged:
+            layer = module.merge() if kind is None else _transposed(module.merge(), kind)
+            layer.requires_grad_(any(value.requires_grad for value in module.parameters()))
+            merged[id(module), kind] = layer
+    for name, module in structured.items():
+        model.set_submodule(name, merged[id(module), transposed.get(name)])
     mark_structured(model)
     return model
 
@@ -54,7 +57,7 @@ def dense_copy(model: Any) -> Any:
         raise IsogridError(f"{type(model).__name__} is not a transformers model")
     skeleton = _skeleton(model)
     state: dict[str, Tensor] = {}
-    structured = {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
+    structured = structured_places(model)
     for name, value in model.state_dict().items():
         layer = name.rpartition(".")[0]
         if layer not in structured or name.endswith(".bias"):
@@ -67,7 +70,7 @@ def dense_copy(model: Any) -> Any:
             raise IsogridError(
                 f"layer {name!r} has gained a bias that a dense {type(place).__name__} here does not have"
             )
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, _ in _conv1d(skeleton):
         if isinstance(modules.get(name), nn.Linear):
             state[f"{name}.weight"] = state[f"{name}.weight"].mT.contiguous()
@@ -78,7 +81,7 @@ def dense_copy(model: Any) -> Any:
     if untied or unexpected:
         raise IsogridError(f"the model differs from its config: missing {untied[:3]}, unexpected {unexpected[:3]}")
     # Buffers that no file holds (rotary frequencies) were built without numbers; the model has them.
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         owner, _, key = name.rpartition(".")
         place = skeleton.get_submodule(owner)
         if key in place._buffers and place._buffers[key] is not None and place._buffers[key].is_meta:
@@ -107,7 +110,7 @@ def _conv1d(skeleton: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The linear layers of a dense model that hold their matrix transposed."""
     return (
         (name, module)
-        for name, module in skeleton.named_modules()
+        for name, module in skeleton.named_modules(remove_duplicate=False)
         if is_linear(module) and not isinstance(module, nn.Linear)
     )
 

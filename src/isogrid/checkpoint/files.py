@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from isogrid.checkpoint.pruned import parse_pruned
 from isogrid.checkpoint.rewrites import set_memory
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
-from isogrid.linear import check_memory
+from isogrid.linear import StructuredLinear, check_memory
 
 
 def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool = False) -> Path:
@@ -53,8 +53,8 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
         The folder.
 
     Raises:
-        IsogridError: the folder holds something that is no checkpoint, ``dense`` for a plain module, or a plain module
-            whose state is more than tensors.
+        IsogridError: the folder holds something that is no checkpoint, ``dense`` for a plain module, a plain module
+            whose state is more than tensors, or a structured layer alone.
     """
     folder = Path(folder)
     if dense:
@@ -63,6 +63,8 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
                 "a dense export is a transformers checkpoint; for a plain module, isogrid.merge it first"
             )
         model = dense_copy(model)
+    elif isinstance(model, StructuredLinear):
+        raise IsogridError("a structured layer alone can't be saved; put it into a module: nn.Sequential(layer)")
     elif hasattr(model, "save_pretrained"):
         mark_structured(model)
 
@@ -124,13 +126,13 @@ def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.
     if model is None:
         raise IsogridError(f"{folder} holds a plain module; pass a dense instance of it as model=…")
     layers = parse_config(config.get("quantization_config"), str(folder))
+    headers |= {name: headers[kept] for name, kept in _aliases(config, headers, str(folder)).items()}
     check_headers(layers, headers, str(folder))
     skeleton = _on_meta(model)
     places = list(attach_layers(skeleton, layers, str(folder)).values())
     expected = {name: tuple(value.shape) for name, value in _tensors(skeleton).items()}
     state = {name: value for file in files for name, value in load_file(file).items()}
-    for name, kept in _aliases(config, state, str(folder)).items():
-        state[name] = state[kept]
+    state |= {name: state[kept] for name, kept in _aliases(config, headers, str(folder)).items()}
     state = {name: value for name, value in state.items() if not _is_mark(name, value, layers)}
     _compare(expected, {name: tuple(value.shape) for name, value in state.items()}, str(folder))
     # Checked throughout; from here nothing can fail, and the model changes.
@@ -284,10 +286,10 @@ def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return out, aliases
 
 
-def _aliases(config: dict[str, Any], state: dict[str, Tensor], source: str) -> dict[str, str]:
+def _aliases(config: dict[str, Any], held: Container[str], source: str) -> dict[str, str]:
     """Further names of tensors that the model holds more than once."""
     aliases = config.get("aliases", {})
-    if not isinstance(aliases, dict) or not all(isinstance(kept, str) and kept in state for kept in aliases.values()):
+    if not isinstance(aliases, dict) or not all(isinstance(kept, str) and kept in held for kept in aliases.values()):
         raise CheckpointError(f"{source}: 'aliases' in config.json does not name tensors of the file")
     return aliases
 

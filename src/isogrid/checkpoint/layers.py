@@ -60,14 +60,22 @@ class LayerEntry:
         return shapes | ({"bias": (self.out_features,)} if self.bias else {})
 
 
+def structured_places(model: nn.Module) -> dict[str, StructuredLinear]:
+    """The structured layers of a model, under every name that each has."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, StructuredLinear)
+    }
+
+
 def describe_layers(model: nn.Module) -> dict[str, LayerEntry]:
     """The structured layers of a model."""
     return {
         name: LayerEntry(
             module.format, module.in_features, module.out_features, module.bias is not None, module.small_memory
         )
-        for name, module in model.named_modules()
-        if isinstance(module, StructuredLinear)
+        for name, module in structured_places(model).items()
     }
 
 
@@ -161,10 +169,15 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
         resolved[name] = place
     if layers and not resolved:
         raise CheckpointError(f"{source}: none of its layers is in {type(model).__name__}; it belongs to another model")
+    # A layer that stands in several places stays one.
+    replaced = {name: model.get_submodule(place) for name, place in resolved.items()}
+    built: dict[tuple[int, LayerEntry], StructuredLinear] = {}
     for name, place in resolved.items():
-        old = model.get_submodule(place)
-        trained = any(value.requires_grad for value in old.parameters(recurse=False))
-        model.set_submodule(place, layers[name].build(matrix_like(old).dtype).requires_grad_(trained))
+        old, entry = replaced[name], layers[name]
+        if (id(old), entry) not in built:
+            trained = any(value.requires_grad for value in old.parameters(recurse=False))
+            built[id(old), entry] = entry.build(matrix_like(old).dtype).requires_grad_(trained)
+        model.set_submodule(place, built[id(old), entry])
     return resolved
 
 
@@ -214,11 +227,10 @@ def mark_structured(
 
 def add_marks(model: nn.Module, state_dict: dict[str, Tensor], prefix: str = "") -> None:
     """Put the empty mark of every structured layer into a state dict."""
-    for name, module in model.named_modules():
-        if isinstance(module, StructuredLinear):
-            like = module.floating_factor()
-            device = "cpu" if like.is_meta else like.device
-            state_dict[f"{prefix}{name}.{MARK}"] = torch.empty(0, dtype=like.dtype, device=device)
+    for name, module in structured_places(model).items():
+        like = module.floating_factor()
+        device = "cpu" if like.is_meta else like.device
+        state_dict[f"{prefix}{name}.{MARK}"] = torch.empty(0, dtype=like.dtype, device=device)
 
 
 def _add_marks_hook(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
