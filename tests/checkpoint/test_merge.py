@@ -1,11 +1,13 @@
 """Models made dense again, in place and as copies: the same numbers for whoever reads them."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import isogrid
-from isogrid import IsogridError, StructuredLinear, compress
+from isogrid import CheckpointError, IsogridError, StructuredLinear, compress
 from isogrid.compress import structured_layers
 from tests import models
 
@@ -143,3 +145,53 @@ def test_a_layer_alone_is_refused(tmp_path):
     with pytest.raises(IsogridError, match=r"a structured layer alone .* nn.Sequential\(layer\)"):
         isogrid.save(layer, tmp_path / "m")
     assert not list(tmp_path.iterdir())
+
+
+# ---- a structured head over tied embeddings -----------------------------------------------------------------------
+
+TIED = r"layer 'lm_head' is structured, .* ties its weight to 'model.embed_tokens.weight'; set tie_word_embeddings to"
+
+
+@pytest.fixture
+def headed():
+    model = models.llama(tied=True)
+    model.lm_head = StructuredLinear(32, models.VOCABULARY, "low_rank(rank=4)", bias=False).eval()
+    return model
+
+
+def test_a_structured_head_that_the_config_ties_is_refused(headed, tmp_path):
+    before = models.snapshot(headed)
+    for dense in (False, True):
+        with pytest.raises(IsogridError, match=TIED):
+            isogrid.save(headed, tmp_path / "m", dense=dense)
+    with pytest.raises(IsogridError, match=TIED):
+        isogrid.merge(headed)
+    models.assert_untouched(headed, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_whose_config_ties_a_structured_head_is_refused(headed, tmp_path):
+    headed.config.tie_word_embeddings = False
+    config = isogrid.save(headed, tmp_path / "m") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    for read in (isogrid.load, type(headed).from_pretrained):
+        with pytest.raises(CheckpointError, match=TIED):
+            read(tmp_path / "m")
+
+
+@pytest.mark.parametrize("way", ["structured", "dense", "merged"])
+def test_an_untied_structured_head_is_kept(headed, way, tmp_path):
+    headed.config.tie_word_embeddings = False  # as the refusal says
+    batch = models.token_batch()
+    wanted = models.output(headed, batch)
+    model = isogrid.merge(headed) if way == "merged" else headed
+    again = isogrid.load(isogrid.save(model, tmp_path / "m", dense=way == "dense"))
+    torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_tied_model_inside_a_module_keeps_a_structured_head(headed, tmp_path):
+    model, batch = nn.ModuleDict({"inner": headed}), models.token_batch()
+    wanted = models.output(headed, batch)
+    twin = models.llama(seed=5)
+    again = isogrid.load(isogrid.save(model, tmp_path / "m"), nn.ModuleDict({"inner": twin}))
+    torch.testing.assert_close(models.output(again["inner"], batch), wanted, rtol=0, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.checkpoint.layers import mark_structured, structured_places
+from isogrid.checkpoint.layers import check_untied, mark_structured, structured_places
 from isogrid.checkpoint.pruned import describe_pruned, padded
 from isogrid.errors import IsogridError
 from isogrid.linear import StructuredLinear, is_linear
@@ -25,11 +25,13 @@ def merge(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        IsogridError: a structured layer alone, or a transformers model that its config alone doesn't build.
+        IsogridError: a structured layer alone, one whose weight the config ties to another, or a transformers model
+            that its config alone doesn't build.
     """
     if isinstance(model, StructuredLinear):
         raise IsogridError("merge changes the layers within a model; of a single layer take layer.merge()")
     structured = structured_places(model)
+    check_untied(model, structured)
     transposed = _transposed_places(model) if structured else {}
     merged: dict[tuple[int, type[nn.Module] | None], nn.Module] = {}
     for name, module in structured.items():
@@ -50,14 +52,15 @@ def dense_copy(model: Any) -> Any:
     Pruned modules get zeros in the place of what they have lost, so that any reader of the architecture takes them.
 
     Raises:
-        IsogridError: not a transformers model, one that its config alone doesn't build, or one that has gained what
-            the architecture has no place for.
+        IsogridError: not a transformers model, one that its config alone doesn't build, one with a structured layer
+            whose weight the config ties to another, or one that has gained what the architecture has no place for.
     """
     if not hasattr(model, "save_pretrained"):
         raise IsogridError(f"{type(model).__name__} is not a transformers model")
+    structured = structured_places(model)
+    check_untied(model, structured)
     skeleton = _skeleton(model)
     state: dict[str, Tensor] = {}
-    structured = structured_places(model)
     for name, value in model.state_dict().items():
         layer = name.rpartition(".")[0]
         if layer not in structured or name.endswith(".bias"):

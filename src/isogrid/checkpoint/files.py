@@ -27,11 +27,13 @@ from isogrid.checkpoint.layers import (
     QUANT_METHOD,
     add_marks,
     attach_layers,
+    check_untied,
     config_of,
     describe_layers,
     mark_structured,
     matrix_like,
     parse_config,
+    structured_places,
 )
 from isogrid.checkpoint.pruned import parse_pruned
 from isogrid.checkpoint.rewrites import set_memory
@@ -54,7 +56,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
 
     Raises:
         IsogridError: the folder holds something that is no checkpoint, ``dense`` for a plain module, a plain module
-            whose state is more than tensors, or a structured layer alone.
+            whose state is more than tensors, a structured layer alone, or one whose weight the config ties to another.
     """
     folder = Path(folder)
     if dense:
@@ -66,6 +68,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
     elif isinstance(model, StructuredLinear):
         raise IsogridError("a structured layer alone can't be saved; put it into a module: nn.Sequential(layer)")
     elif hasattr(model, "save_pretrained"):
+        check_untied(model, structured_places(model))
         mark_structured(model)
 
     def write(to: Path) -> None:

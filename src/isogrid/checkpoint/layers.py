@@ -7,7 +7,7 @@ structured layer. Its ``model.safetensors`` holds the factors under ``<layer>.<f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,7 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
         Stored name to name in this model.
 
     Raises:
-        CheckpointError: the model has no such layer, or one of other sizes.
+        CheckpointError: the model has no such layer, one of other sizes, or one that it ties to another weight.
     """
     prefix = getattr(model, "base_model_prefix", "")
     resolved: dict[str, str] = {}
@@ -169,16 +169,42 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
         resolved[name] = place
     if layers and not resolved:
         raise CheckpointError(f"{source}: none of its layers is in {type(model).__name__}; it belongs to another model")
+    try:
+        check_untied(model, resolved.values())
+    except IsogridError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     # A layer that stands in several places stays one.
     replaced = {name: model.get_submodule(place) for name, place in resolved.items()}
-    built: dict[tuple[int, LayerEntry], StructuredLinear] = {}
+    built: dict[tuple[int, str], StructuredLinear] = {}
     for name, place in resolved.items():
         old, entry = replaced[name], layers[name]
-        if (id(old), entry) not in built:
+        key = id(old), repr(entry)
+        if key not in built:
             trained = any(value.requires_grad for value in old.parameters(recurse=False))
-            built[id(old), entry] = entry.build(matrix_like(old).dtype).requires_grad_(trained)
-        model.set_submodule(place, built[id(old), entry])
+            built[key] = entry.build(matrix_like(old).dtype).requires_grad_(trained)
+        model.set_submodule(place, built[key])
     return resolved
+
+
+def check_untied(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise IsogridError where a transformers model's config ties one of these layers to another weight.
+
+    Whoever reads the model would put the other weight in the layer's place: an output head would lose its factors.
+    """
+    if not hasattr(model, "save_pretrained"):
+        return
+    held = set(layers)
+    for name, part in model.named_modules():
+        tied = getattr(part, "all_tied_weights_keys", None)
+        if not tied or not getattr(part.config, "tie_word_embeddings", False):
+            continue
+        for key, source in tied.items():
+            layer = f"{name}.{key}".lstrip(".").removesuffix(f".{MARK}")
+            if layer in held:
+                raise IsogridError(
+                    f"layer {layer!r} is structured, but the config ties its weight to {source!r}; set "
+                    "tie_word_embeddings to False in the config, or leave the layer dense"
+                )
 
 
 def matrix_like(module: nn.Module) -> Tensor:
