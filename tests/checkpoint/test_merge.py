@@ -8,7 +8,9 @@ from torch import nn
 
 import isogrid
 from isogrid import CheckpointError, IsogridError, StructuredLinear, compress
+from isogrid.checkpoint import PrunedEntry, mark_structured
 from isogrid.compress import structured_layers
+from isogrid.linear import find_coupled, shrink
 from tests import models
 
 
@@ -33,6 +35,19 @@ def test_a_dense_export_turns_linear_layers_that_stand_for_conv1d(tmp_path):
     for name, layer in structured_layers(model).items():
         model.set_submodule(name, layer.merge())
     again = isogrid.load(isogrid.save(model, tmp_path / "m", dense=True))
+    torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_pruned_gpt2_is_merged_to_its_sizes(dense, tmp_path):
+    model, batch, entries = models.gpt2(), models.token_batch(1), {}
+    for name, one in find_coupled(model).items():
+        shrink(model, one, range(2))
+        entries[name] = PrunedEntry(2, one.units)
+    mark_structured(model, pruned=entries)
+    compress(model, "low_rank", keep=0.8, skip=["*mlp*"])
+    wanted = models.output(model, batch)
+    again = isogrid.load(isogrid.save(isogrid.merge(model), tmp_path / "m", dense=dense))
     torch.testing.assert_close(models.output(again, batch), wanted, rtol=0, atol=1e-5)
 
 
