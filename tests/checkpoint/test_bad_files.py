@@ -2,6 +2,9 @@ import json
 import os
 import shutil
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -477,6 +480,36 @@ def test_merged_models_save_as_dense_ones(tmp_path):
     assert not hasattr(again.config, "quantization_config")
 
 
+class Counting(nn.Module):
+    """A layer whose state dict holds one thing more."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.layer, self.state = nn.Linear(24, 24), state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_state_that_is_no_tensor(tmp_path):
+    plain, odd = nn.Sequential(nn.Linear(24, 24), Counting({"calls": 3})), Counting([1])
+    for model, message in (
+        (plain, r"module '1' \(Counting\) .* a dict \(get_extra_state\)"),
+        (odd, "the model .* a list"),
+    ):
+        compress(model, "low_rank", keep=0.5)
+        with pytest.raises(IsogridError, match=message + r".*; keep it in a buffer"):
+            isogrid.save(model, tmp_path / "m")
+        assert not list(tmp_path.iterdir())
+    isogrid.save(Counting(torch.tensor([7, 8])), tmp_path / "m")
+    assert isogrid.load(tmp_path / "m", Counting(torch.zeros(2, dtype=torch.long))).state.tolist() == [7, 8]
+    with pytest.raises(IsogridError, match=r"the model .* a dict"):
+        isogrid.load(tmp_path / "m", Counting({}))
+
+
 # ---- writing ------------------------------------------------------------------------------------------------------
 
 
@@ -515,6 +548,55 @@ def test_saving_into_a_project_that_happens_to_have_a_config_json(foreign, tmp_p
     with pytest.raises(IsogridError):
         isogrid.save(small(), tmp_path / "project")
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("foreign", ["notes.txt", "results.json", "CHANGES.md", "my.safetensors", "a.model"])
+def test_files_that_only_end_like_those_of_a_checkpoint_survive(foreign, weights, tmp_path):
+    project = tmp_path / "project"
+    if weights:
+        isogrid.save(small(), project)
+    project.mkdir(exist_ok=True)
+    (project / "config.json").write_text('{"colour": "green"}')
+    (project / "README.md").write_text("mine")
+    (project / foreign).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(IsogridError, match=rf"project holds '{foreign}', no part of a checkpoint; give an empty"):
+        isogrid.save(small(), project)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("names", "missing"), [(["config.json", "README.md"], "model.safetensors"),
+                                                (["model.safetensors", "vocab.txt"], "config.json")])  # fmt: skip
+def test_half_of_a_checkpoint_is_none(names, missing, tmp_path):
+    (tmp_path / "project").mkdir()
+    for name in names:
+        (tmp_path / "project" / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(IsogridError, match=rf"project holds .*, but no checkpoint: {missing} is missing; give"):
+        isogrid.save(small(), tmp_path / "project")
+    assert contents(tmp_path) == before
+
+
+BESIDE = (
+    "compression.json", "pruning.json", "evaluation.json", "README.md", ".gitattributes", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def test_what_belongs_to_a_checkpoint_is_replaced_with_it(tmp_path):
+    isogrid.save(small(), tmp_path / "model")
+    for name in BESIDE:
+        (tmp_path / "model" / name).write_text("old")
+    isogrid.save(small(), tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    model = models.llama()
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    isogrid.save(model, tmp_path / "shards")
+    assert {path.suffix for path in (tmp_path / "shards").iterdir()} == {".json", ".safetensors"}
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) == 1
 
 
 def test_saving_into_an_empty_folder_and_into_a_deep_new_one(tmp_path):
@@ -623,9 +705,44 @@ def test_file_modes_follow_the_umask(mask, tmp_path):
 
 
 def test_leftovers_of_a_killed_process_do_no_harm(tmp_path):
-    leftover = tmp_path / f".model.writing-{os.getpid()}"
+    leftover = tmp_path / ".model.writing-abc"
     leftover.mkdir()
     (leftover / "half.safetensors").write_text("half")
     isogrid.save(small(), tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", leftover.name}
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_threads_that_save_to_one_place_at_once(earlier, tmp_path):
+    if earlier:
+        isogrid.save(small(), tmp_path / "model")
+    met = threading.Barrier(4)
+
+    def write(number, to):
+        met.wait(20)  # all have begun before one ends
+        (to / "config.json").write_text(str(number))
+        (to / "model.safetensors").write_text(str(number))
+
+    def rounds(number):
+        for _ in range(10):
+            write_folder(tmp_path / "model", partial(write, number))
+
+    mask = os.umask(0o022)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(rounds, number) for number in range(4)]:
+                done.result()
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(mask)
+    written = contents(tmp_path)
+    assert written.keys() == {"model/config.json", "model/model.safetensors"}
+    assert len(set(written.values())) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(IsogridError, match="a list has no save_pretrained"):
+        isogrid.save(torch.nn.Sequential(torch.nn.Linear(2, 2)), tmp_path / "x", tokenizer=["a"])
+    assert not (tmp_path / "x").exists()

@@ -66,6 +66,44 @@ def test_the_part_without_its_head(tmp_path):
         assert torch.equal(value, model.state_dict()[f"model.{key}"]), key
 
 
+OTHER_CLASSES = {
+    "llama": transformers.AutoModel,
+    "gpt2": transformers.AutoModel,
+    "bert": transformers.AutoModelForSequenceClassification,
+    "bert_masked": transformers.AutoModel,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CLASSES)
+def test_a_model_of_another_class_is_saved_by_its_own_names(name, tmp_path):
+    model, batch = pruned(name), models.TRANSFORMERS[name].batch(1)
+    isogrid.save(model, tmp_path / "m")
+    other = OTHER_CLASSES[name].from_pretrained(tmp_path / "m").eval()
+    assert describe_pruned(other).keys() == find_coupled(type(other)(other.config)).keys()
+    stored = describe_pruned(model)
+    for key, entry in describe_pruned(other).items():
+        assert [one for name, one in stored.items() if name.endswith(key) or key.endswith(name)] == [entry]
+    assert other.config.quantization_config["pruned"].keys() == describe_pruned(other).keys()
+    wanted = models.exact_output(other, batch)
+    again = isogrid.load(isogrid.save(other, tmp_path / "again"))
+    assert torch.equal(models.exact_output(again, batch), wanted)
+    full = isogrid.load(isogrid.save(other, tmp_path / "dense", dense=True))
+    assert not describe_pruned(full)
+    torch.testing.assert_close(models.output(full, batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_base_inside_a_whole_model_is_exported(tmp_path):
+    model, batch = pruned("llama"), models.token_batch(1)
+    wanted = models.exact_output(model.model, batch)
+    full = isogrid.load(isogrid.save(model.model, tmp_path / "dense", dense=True))
+    torch.testing.assert_close(models.output(full, batch), wanted, rtol=1e-5, atol=1e-5)
+    again = isogrid.load(isogrid.save(model.model, tmp_path / "base"))
+    assert torch.equal(models.exact_output(again, batch), wanted)
+    # The whole model, which shares its config with the base, knows its modules all the same.
+    again = isogrid.load(isogrid.save(model, tmp_path / "m"))
+    assert torch.equal(models.exact_output(again, batch), models.exact_output(model, batch))
+
+
 @pytest.mark.parametrize("name", ["llama_tied", "bert", "gpt2", "vit"])
 def test_a_dense_export_computes_the_same_for_any_reader(name, tmp_path):
     model, batch = pruned(name), models.TRANSFORMERS[name].batch(1)
@@ -148,6 +186,10 @@ BROKEN = {
     "no entry": (lambda q: q["pruned"].update({ATTENTION: 1}), "keeps None of None"),
     "no table": (lambda q: q.update(pruned=[1]), "'pruned' in quantization_config is no table"),
     "another size": (lambda q: q["pruned"][ATTENTION].update(of=4), "had 4 groups before it was pruned"),
+    "twice": (
+        lambda q: q["pruned"].update({"layers.0.self_attn": {"units": 1, "of": 2}}),
+        "'model.layers.0.self_attn' is described twice, once as 'layers.0.self_attn'",
+    ),
     "no such module": (
         lambda q: q["pruned"].update({"model.layers.9.mlp": {"units": 1, "of": 48}}),
         "'model.layers.9.mlp' had 48 units before",

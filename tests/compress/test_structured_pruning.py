@@ -375,6 +375,21 @@ def test_a_pruned_model_can_be_pruned_again():
     assert second != first
 
 
+def test_a_pruned_model_can_be_pruned_again_without_its_head(tmp_path):
+    model = models.llama()
+    prune(model, data("llama"), speedup=1.3, times=made_up(model), trials=0, repeats=1)
+    base = transformers.AutoModel.from_pretrained(isogrid.save(model, tmp_path / "m"))
+    first = describe_pruned(model)
+    prune(base, data("llama"), speedup=1.3, times=made_up(base), trials=0, repeats=1)
+    second = describe_pruned(base)
+    assert {f"model.{name}": entry.of for name, entry in second.items()} == {n: entry.of for n, entry in first.items()}
+    assert all(entry.units <= first[f"model.{name}"].units for name, entry in second.items())
+    again = isogrid.load(isogrid.save(base, tmp_path / "again"))
+    assert torch.equal(
+        models.exact_output(again, models.token_batch()), models.exact_output(base, models.token_batch())
+    )
+
+
 # What goes wrong.
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from isogrid.checkpoint.headers import CONFIG, WEIGHTS, check_headers, read_config, read_headers, weight_files
+from isogrid.checkpoint.dense import dense_copy
+from isogrid.checkpoint.headers import CONFIG, INDEX, WEIGHTS, check_headers, read_config, read_headers, weight_files
 from isogrid.checkpoint.layers import (
     MARK,
     QUANT_METHOD,
     add_marks,
     attach_layers,
+    check_untied,
     config_of,
     describe_layers,
     mark_structured,
     matrix_like,
     parse_config,
+    structured_places,
 )
-from isogrid.checkpoint.pruned import describe_pruned, padded, parse_pruned
+from isogrid.checkpoint.pruned import parse_pruned
 from isogrid.checkpoint.rewrites import set_memory
 from isogrid.data.pretrained import quiet_transformers
 from isogrid.errors import CheckpointError, IsogridError
@@ -50,16 +55,23 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
         The folder.
 
     Raises:
-        IsogridError: the folder holds something that is no checkpoint, or ``dense`` for a plain module.
+        IsogridError: the folder holds something that is no checkpoint, ``dense`` for a plain module, a plain module
+            whose state is more than tensors, a structured layer alone, or one whose weight the config ties to another,
+            or a tokenizer that can't be saved.
     """
     folder = Path(folder)
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise IsogridError(f"a {type(tokenizer).__name__} has no save_pretrained; save the model without it")
     if dense:
         if not hasattr(model, "save_pretrained"):
             raise IsogridError(
                 "a dense export is a transformers checkpoint; for a plain module, isogrid.merge it first"
             )
         model = dense_copy(model)
+    elif isinstance(model, StructuredLinear):
+        raise IsogridError("a structured layer alone can't be saved; put it into a module: nn.Sequential(layer)")
     elif hasattr(model, "save_pretrained"):
+        check_untied(model, structured_places(model))
         mark_structured(model)
 
     def write(to: Path) -> None:
@@ -67,7 +79,7 @@ def save(model: Any, folder: str | Path, *, tokenizer: Any = None, dense: bool =
             with quiet_transformers():
                 model.save_pretrained(to)
         else:
-            state, aliases = _unshared(model.state_dict())
+            state, aliases = _unshared(_tensors(model))
             add_marks(model, state)
             save_file(state, to / WEIGHTS, metadata={"format": "pt"})
             config = {"quantization_config": config_of(describe_layers(model)), "aliases": aliases}
@@ -93,6 +105,7 @@ def load(folder: str | Path, model: nn.Module | None = None, *, memory: str | No
 
     Raises:
         CheckpointError: half-written, truncated, corrupt, or of another model; ``model`` is then unchanged.
+        IsogridError: ``model`` has state that is no tensor.
     """
     if memory is not None:
         check_memory(memory)
@@ -119,13 +132,13 @@ def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.
     if model is None:
         raise IsogridError(f"{folder} holds a plain module; pass a dense instance of it as model=…")
     layers = parse_config(config.get("quantization_config"), str(folder))
+    headers |= {name: headers[kept] for name, kept in _aliases(config, headers, str(folder)).items()}
     check_headers(layers, headers, str(folder))
     skeleton = _on_meta(model)
     places = list(attach_layers(skeleton, layers, str(folder)).values())
-    expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in _tensors(skeleton).items()}
     state = {name: value for file in files for name, value in load_file(file).items()}
-    for name, kept in _aliases(config, state, str(folder)).items():
-        state[name] = state[kept]
+    state |= {name: state[kept] for name, kept in _aliases(config, headers, str(folder)).items()}
     state = {name: value for name, value in state.items() if not _is_mark(name, value, layers)}
     _compare(expected, {name: tuple(value.shape) for name, value in state.items()}, str(folder))
     # Checked throughout; from here nothing can fail, and the model changes.
@@ -137,52 +150,6 @@ def _load(folder: Path, model: nn.Module | None, options: dict[str, Any]) -> nn.
     return model
 
 
-def dense_copy(model: Any) -> Any:
-    """A dense transformers model that computes the same: structured layers multiplied out, the rest shared.
-
-    Pruned modules get zeros in the place of what they have lost, so that any reader of the architecture takes them.
-
-    Raises:
-        IsogridError: not a transformers model.
-    """
-    if not hasattr(model, "save_pretrained"):
-        raise IsogridError(f"{type(model).__name__} is not a transformers model")
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        skeleton = type(model)(config)
-    state: dict[str, Tensor] = {}
-    structured = {name: module for name, module in model.named_modules() if isinstance(module, StructuredLinear)}
-    for name, value in model.state_dict().items():
-        layer = name.rpartition(".")[0]
-        if layer not in structured or name.endswith(".bias"):
-            state[name] = value
-    for name, module in structured.items():
-        place = skeleton.get_submodule(name)
-        matrix = module.dense().detach()
-        state[f"{name}.weight"] = (matrix if isinstance(place, nn.Linear) else matrix.mT).contiguous().clone()
-        if module.bias is not None and place.bias is None:
-            raise IsogridError(
-                f"layer {name!r} has gained a bias that a dense {type(place).__name__} here does not have"
-            )
-    state = padded(state, skeleton, describe_pruned(model))
-    missing, unexpected = skeleton.load_state_dict(state, strict=False, assign=True)
-    skeleton.tie_weights()
-    untied = [key for key in missing if key not in (getattr(skeleton, "all_tied_weights_keys", None) or {})]
-    if untied or unexpected:
-        raise IsogridError(f"the model differs from its config: missing {untied[:3]}, unexpected {unexpected[:3]}")
-    # Buffers that no file holds (rotary frequencies) were built without numbers; the model has them.
-    for name, buffer in model.named_buffers():
-        owner, _, key = name.rpartition(".")
-        place = skeleton.get_submodule(owner)
-        if key in place._buffers and place._buffers[key] is not None and place._buffers[key].is_meta:
-            place._buffers[key] = buffer
-    if getattr(model, "generation_config", None) is not None:
-        skeleton.generation_config = copy.deepcopy(model.generation_config)
-    return skeleton.train(model.training)
-
-
 def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     """Fill a new folder beside the place and rename it there; an earlier checkpoint gives way only then.
 
@@ -192,33 +159,42 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> Path:
     check_place(folder)
     asked, folder = folder, folder.resolve()  # a link stays, what it points to is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.writing-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
+    room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+    fresh = room / "new"  # of the mode that the umask gives; the room is private
     try:
+        fresh.mkdir()
         write(fresh)
+        readable = fresh.stat().st_mode & 0o666
         for file in fresh.rglob("*"):
-            # safetensors writes files that only their owner may read.
-            file.chmod(_readable(file.is_dir()))
             if file.is_file():
+                file.chmod(readable)  # safetensors writes files that only their owner may read
                 _flush(file)
-        if folder.is_dir():
-            # A name of its own: a process killed between the two renames leaves the only copy there.
-            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
-            folder.rename(aside / "old")
-            try:
-                fresh.rename(folder)
-            except BaseException:
-                (aside / "old").rename(folder)
-                aside.rmdir()
-                raise
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            fresh.rename(folder)
+        with _exchanging:
+            _exchange(fresh, folder)
         _flush(folder.parent)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(room, ignore_errors=True)
     return asked
+
+
+# Between its two renames there is no folder in the place; other threads wait.
+_exchanging = threading.Lock()
+
+
+def _exchange(fresh: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        fresh.rename(folder)
+        return
+    # A name of its own: a process killed between the two renames leaves the only copy there.
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
+    folder.rename(aside / "old")
+    try:
+        fresh.rename(folder)
+    except BaseException:
+        (aside / "old").rename(folder)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_place(folder: Path) -> None:
@@ -234,9 +210,10 @@ def check_place(folder: Path) -> None:
     if folder == Path.cwd() or folder in Path.cwd().parents:
         raise IsogridError(f"{folder} is the working directory, which can't be replaced; give a folder inside it")
     if folder.is_dir():
-        foreign = _foreign(folder)
+        with _exchanging:
+            foreign = _foreign(folder) if folder.is_dir() else None
         if foreign is not None:
-            raise IsogridError(f"{folder} holds {foreign!r}, no part of a checkpoint; give an empty or new folder")
+            raise IsogridError(f"{folder} holds {foreign}; give an empty or new folder")
     place = folder.parent
     while not place.exists():
         place = place.parent
@@ -244,25 +221,32 @@ def check_place(folder: Path) -> None:
         raise IsogridError(f"{place} can't be written to; give another folder")
 
 
-# What save_pretrained of models and tokenizers writes, and the page of a model on a hub.
-CHECKPOINT_SUFFIXES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja", ".md"})
+# What save_pretrained of models, tokenizers and processors writes, with the page of a model on a hub, and what our
+# commands write beside it. Known by whole names: projects have JSON and text files, too.
+CHECKPOINT_FILES = re.compile(
+    r"""
+    (config | generation_config | quantize_config | (video_)?preprocessor_config | processor_config)\.json
+    | model(-\d+-of-\d+)?\.safetensors | model\.safetensors\.index\.json
+    | (tokenizer(\.[\d.]+)? | tokenizer_config | special_tokens_map | added_tokens | chat_template)\.json
+    | ([a-z]+_)?vocab(-[a-z]+)?\.(json|txt) | merges\.txt | chat_template\.jinja
+    | (tokenizer | spiece | spm | spm_char | sentencepiece(\.bpe)?)\.model
+    | README\.md | \.gitattributes
+    | (compression | evaluation | pruning)\.json
+    """,
+    re.VERBOSE,
+)
 
 
 def _foreign(folder: Path) -> str | None:
-    """The name of something in a folder that is no part of a checkpoint; None where all of it may be replaced."""
-    names = {file.name for file in folder.iterdir()}
-    if not names:
+    """What in a folder is no part of a checkpoint; None where all of it may be replaced."""
+    files = sorted(folder.iterdir())
+    for file in files:
+        if file.is_dir() or not CHECKPOINT_FILES.fullmatch(file.name):
+            return f"{file.name!r}, no part of a checkpoint"
+    names = [file.name for file in files]
+    if not names or (CONFIG in names and (WEIGHTS in names or INDEX in names)):
         return None
-    for file in sorted(folder.iterdir()):
-        if file.is_dir() or (file.suffix not in CHECKPOINT_SUFFIXES and file.name != ".gitattributes"):
-            return file.name
-    return None if CONFIG in names else min(names)
-
-
-def _readable(is_folder: bool) -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return (0o777 if is_folder else 0o666) & ~mask
+    return f"{names[0]!r}, but no checkpoint: {WEIGHTS if CONFIG in names else CONFIG} is missing"
 
 
 def _flush(path: Path) -> None:
@@ -271,6 +255,21 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict, which may hold nothing but tensors."""
+    state = model.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            owner = name.rpartition(".")[0]
+            place = f"module {owner!r}" if owner else "the model"
+            raise IsogridError(
+                f"{place} ({type(model.get_submodule(owner)).__name__}) has state that is no tensor but a "
+                f"{type(value).__name__} (get_extra_state), which no safetensors file holds; keep it in a buffer, or "
+                "let get_extra_state give a tensor"
+            )
+    return state
 
 
 def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -293,10 +292,10 @@ def _unshared(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return out, aliases
 
 
-def _aliases(config: dict[str, Any], state: dict[str, Tensor], source: str) -> dict[str, str]:
+def _aliases(config: dict[str, Any], held: Container[str], source: str) -> dict[str, str]:
     """Further names of tensors that the model holds more than once."""
     aliases = config.get("aliases", {})
-    if not isinstance(aliases, dict) or not all(isinstance(kept, str) and kept in state for kept in aliases.values()):
+    if not isinstance(aliases, dict) or not all(isinstance(kept, str) and kept in held for kept in aliases.values()):
         raise CheckpointError(f"{source}: 'aliases' in config.json does not name tensors of the file")
     return aliases
 

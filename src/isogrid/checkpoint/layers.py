@@ -7,14 +7,14 @@ structured layer. Its ``model.safetensors`` holds the factors under ``<layer>.<f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned
+from isogrid.checkpoint.pruned import PrunedEntry, describe_pruned, spellings
 from isogrid.errors import CheckpointError, IsogridError
 from isogrid.formats import Format, format_from_dict
 from isogrid.linear import StructuredLinear, check_memory, is_linear, linear_matrix
@@ -60,14 +60,22 @@ class LayerEntry:
         return shapes | ({"bias": (self.out_features,)} if self.bias else {})
 
 
+def structured_places(model: nn.Module) -> dict[str, StructuredLinear]:
+    """The structured layers of a model, under every name that each has."""
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, StructuredLinear)
+    }
+
+
 def describe_layers(model: nn.Module) -> dict[str, LayerEntry]:
     """The structured layers of a model."""
     return {
         name: LayerEntry(
             module.format, module.in_features, module.out_features, module.bias is not None, module.small_memory
         )
-        for name, module in model.named_modules()
-        if isinstance(module, StructuredLinear)
+        for name, module in structured_places(model).items()
     }
 
 
@@ -139,12 +147,12 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
         Stored name to name in this model.
 
     Raises:
-        CheckpointError: the model has no such layer, or one of other sizes.
+        CheckpointError: the model has no such layer, one of other sizes, or one that it ties to another weight.
     """
     prefix = getattr(model, "base_model_prefix", "")
     resolved: dict[str, str] = {}
     for name, entry in layers.items():
-        place = _find_layer(model, name, prefix)
+        place = _find_layer(model, name)
         if place is None:
             if prefix and not name.startswith(f"{prefix}."):
                 # a layer of a head that this model doesn't have
@@ -161,11 +169,42 @@ def attach_layers(model: nn.Module, layers: Mapping[str, LayerEntry], source: st
         resolved[name] = place
     if layers and not resolved:
         raise CheckpointError(f"{source}: none of its layers is in {type(model).__name__}; it belongs to another model")
+    try:
+        check_untied(model, resolved.values())
+    except IsogridError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    # A layer that stands in several places stays one.
+    replaced = {name: model.get_submodule(place) for name, place in resolved.items()}
+    built: dict[tuple[int, str], StructuredLinear] = {}
     for name, place in resolved.items():
-        old = model.get_submodule(place)
-        trained = any(value.requires_grad for value in old.parameters(recurse=False))
-        model.set_submodule(place, layers[name].build(matrix_like(old).dtype).requires_grad_(trained))
+        old, entry = replaced[name], layers[name]
+        key = id(old), repr(entry)
+        if key not in built:
+            trained = any(value.requires_grad for value in old.parameters(recurse=False))
+            built[key] = entry.build(matrix_like(old).dtype).requires_grad_(trained)
+        model.set_submodule(place, built[key])
     return resolved
+
+
+def check_untied(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise IsogridError where a transformers model's config ties one of these layers to another weight.
+
+    Whoever reads the model would put the other weight in the layer's place: an output head would lose its factors.
+    """
+    if not hasattr(model, "save_pretrained"):
+        return
+    held = set(layers)
+    for name, part in model.named_modules():
+        tied = getattr(part, "all_tied_weights_keys", None)
+        if not tied or not getattr(part.config, "tie_word_embeddings", False):
+            continue
+        for key, source in tied.items():
+            layer = f"{name}.{key}".lstrip(".").removesuffix(f".{MARK}")
+            if layer in held:
+                raise IsogridError(
+                    f"layer {layer!r} is structured, but the config ties its weight to {source!r}; set "
+                    "tie_word_embeddings to False in the config, or leave the layer dense"
+                )
 
 
 def matrix_like(module: nn.Module) -> Tensor:
@@ -173,8 +212,8 @@ def matrix_like(module: nn.Module) -> Tensor:
     return module.weight if isinstance(module, StructuredLinear) else linear_matrix(module)
 
 
-def _find_layer(model: nn.Module, name: str, prefix: str) -> str | None:
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+def _find_layer(model: nn.Module, name: str) -> str | None:
+    for candidate in spellings(model, name):
         try:
             place = model.get_submodule(candidate)
             if is_linear(place) or isinstance(place, StructuredLinear):
@@ -214,11 +253,10 @@ def mark_structured(
 
 def add_marks(model: nn.Module, state_dict: dict[str, Tensor], prefix: str = "") -> None:
     """Put the empty mark of every structured layer into a state dict."""
-    for name, module in model.named_modules():
-        if isinstance(module, StructuredLinear):
-            like = module.floating_factor()
-            device = "cpu" if like.is_meta else like.device
-            state_dict[f"{prefix}{name}.{MARK}"] = torch.empty(0, dtype=like.dtype, device=device)
+    for name, module in structured_places(model).items():
+        like = module.floating_factor()
+        device = "cpu" if like.is_meta else like.device
+        state_dict[f"{prefix}{name}.{MARK}"] = torch.empty(0, dtype=like.dtype, device=device)
 
 
 def _add_marks_hook(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, _metadata: Any) -> None:

@@ -38,9 +38,25 @@ class PrunedEntry:
 
 
 def describe_pruned(model: nn.Module) -> dict[str, PrunedEntry]:
-    """The pruned modules of a model, as its config knows them."""
+    """The pruned modules of a model, as its config knows them; by the model's own names.
+
+    A whole model and its base share a config, and the one that was marked last has written its names there.
+    """
     known = getattr(getattr(model, "config", None), "quantization_config", None)
-    return parse_pruned(known, "the model's config") if isinstance(known, Mapping) else {}
+    entries = parse_pruned(known, "the model's config") if isinstance(known, Mapping) else {}
+    if not entries:
+        return {}
+    names = {name for name, _ in model.named_modules()}
+    return {
+        next((place for place in spellings(model, name) if place in names), name): entry
+        for name, entry in entries.items()
+    }
+
+
+def spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
+    """What a module or tensor of a checkpoint may be called in a model: its name, without a base's prefix, with it."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
 
 
 def parse_pruned(config: Mapping[str, Any], source: str) -> dict[str, PrunedEntry]:
@@ -62,25 +78,29 @@ def parse_pruned(config: Mapping[str, Any], source: str) -> dict[str, PrunedEntr
     return found
 
 
-def attach_pruned(model: nn.Module, entries: Mapping[str, PrunedEntry], source: str) -> list[str]:
+def attach_pruned(
+    model: nn.Module, entries: Mapping[str, PrunedEntry], source: str
+) -> tuple[list[str], dict[str, PrunedEntry]]:
     """Cut the modules of a skeleton to the sizes of a checkpoint, in place.
 
     Returns:
-        Names of the layers that were cut and have to be in the file.
+        Names of the layers that were cut and have to be in the file, and the entries by the model's own names, without
+        those of a head that it doesn't have.
 
     Raises:
         CheckpointError: the model has no such module, or one of another size.
     """
     if not entries:
-        return []
+        return [], {}
     prefix = getattr(model, "base_model_prefix", "")
     try:
-        known = find_coupled(model, {key for name in entries for key in _places(name, prefix)})
+        known = find_coupled(model, {key for name in entries for key in spellings(model, name)})
     except IsogridError as error:
         raise CheckpointError(f"{source}: {error}") from None
     cut: list[str] = []
+    resolved: dict[str, PrunedEntry] = {}
     for name, entry in entries.items():
-        place = next((key for key in _places(name, prefix) if key in known), None)
+        place = next((key for key in spellings(model, name) if key in known), None)
         if place is None and prefix and not name.startswith(f"{prefix}."):
             continue  # of a head that this model doesn't have
         if place is None or known[place].units != entry.of:
@@ -89,19 +109,16 @@ def attach_pruned(model: nn.Module, entries: Mapping[str, PrunedEntry], source: 
                 f"{source}: module {name!r} had {entry.of} {'units' if place is None else known[place].unit + 's'} "
                 f"before it was pruned, {type(model).__name__} has {has}; the checkpoint belongs to another model"
             )
-        one = known[place]
+        if place in resolved:
+            raise CheckpointError(f"{source}: module {place!r} is described twice, once as {name!r}; prune it anew")
+        one, resolved[place] = known[place], entry
         bias = None
         if entry.bias:
             bias = torch.empty(linear_matrix(model.get_submodule(one.writer)).shape[0], device="meta")
         with torch.device("cpu"):  # skeletons are built on the meta device; indices have numbers
             shrink(model, one, range(entry.units), bias=bias)
         cut += one.layers if entry.units or one.kind == "feed_forward" else (one.writer,)
-    return cut
-
-
-def _places(name: str, prefix: str) -> tuple[str, str, str]:
-    """What a module may be called in a model with or without the prefix of its base."""
-    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"
+    return cut, resolved
 
 
 def check_cut(model: nn.Module, cut: Iterable[str], shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
@@ -113,11 +130,9 @@ def check_cut(model: nn.Module, cut: Iterable[str], shapes: Mapping[str, tuple[i
         shapes: of the file's tensors.
         source: where they lie, for messages.
     """
-    prefix = getattr(model, "base_model_prefix", "")
     for name in cut:
         for key, value in model.get_submodule(name).named_parameters(recurse=False):
-            stored = f"{name}.{key}"
-            for one in (stored, stored.removeprefix(f"{prefix}."), f"{prefix}.{stored}"):
+            for one in spellings(model, f"{name}.{key}"):
                 if one in shapes and shapes[one] != tuple(value.shape):
                     raise CheckpointError(
                         f"{source}: {one} has shape {shapes[one]}, config.json asks for {tuple(value.shape)}; "
@@ -134,6 +149,8 @@ def padded(state: Mapping[str, Tensor], skeleton: nn.Module, entries: Mapping[st
     out = dict(state)
     known = find_coupled(skeleton, entries) if entries else {}
     for name, entry in entries.items():
+        if name not in known:
+            continue  # of a head that this model doesn't have
         one, kept = known[name], torch.arange(entry.units)
         for producer in one.producers:
             _pad(out, skeleton, producer.layer, rows=producer.rows(one.units, kept))
@@ -166,7 +183,7 @@ def _pad(
         if bias is not None:
             raise IsogridError(
                 f"layer {name!r} has gained a bias that a dense {type(layer).__name__} here does not have; "
-                "prune with bias=False for a dense export"
+                "prune with how=How(bias=False), or --no-bias, for a dense export"
             )
     elif rows is not None:
         wide = torch.zeros(full.shape[0], dtype=like.dtype, device=like.device)

@@ -10,21 +10,6 @@ from isogrid.errors import IsogridError
 from isogrid.linear import StructuredLinear, limit_memory
 
 
-def merge(model: nn.Module) -> nn.Module:
-    """Multiply every structured layer out, in place: afterwards the model is dense, and saves as one.
-
-    Layers become ``nn.Linear``; a GPT-2 checkpoint that plain readers take is written by ``save(…, dense=True)``.
-
-    Returns:
-        The model.
-    """
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, StructuredLinear):
-            model.set_submodule(name, layer.merge())
-    mark_structured(model)
-    return model
-
-
 @torch.no_grad()
 def deploy(model: nn.Module) -> list[str]:
     """Put the inference form of their factors into a model's structured layers, in place; it computes the same.

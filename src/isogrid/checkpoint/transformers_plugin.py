@@ -132,7 +132,8 @@ def _register() -> None:
         ) -> None:
             source = model.config._name_or_path or "the checkpoint"
             layers = parse_config(self.quantization_config.to_dict(), source)
-            self.cut_layers = attach_pruned(model, parse_pruned(self.quantization_config.to_dict(), source), source)
+            pruned = parse_pruned(self.quantization_config.to_dict(), source)
+            self.cut_layers, self.pruned = attach_pruned(model, pruned, source)
             headers: dict[str, TensorHeader] = {}
             if checkpoint_files:
                 files = [Path(file) for file in checkpoint_files]
@@ -166,5 +167,5 @@ def _register() -> None:
                     delattr(model, attribute)
             model.is_quantized = False
             model.config.quantization_config = self.quantization_config.to_dict()
-            mark_structured(model)
+            mark_structured(model, pruned=self.pruned)
             return model

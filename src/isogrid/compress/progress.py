@@ -106,6 +106,8 @@ def fingerprint(model: nn.Module, batches: Sequence[Any], request: Mapping[str, 
     """What a compression depends on, in one word: the weights, the data, and all that was asked for."""
     digest = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode())
     for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):  # a module may keep anything there (get_extra_state)
+            continue
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         # Not every number: sums tell two trained models apart, in a thousandth of the time.
         digest.update(repr(float(value.double().sum())).encode())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from isogrid.compress.refine import BlockReport
 from isogrid.compress.tuning import Tuned
@@ -190,7 +190,8 @@ def stored_bytes(model: nn.Module) -> int:
     """Bytes of the tensors that a checkpoint of the model holds; shared tensors count once."""
     seen: dict[int, int] = {}
     for value in model.state_dict(keep_vars=True).values():
-        seen[id(value)] = value.nbytes
+        if isinstance(value, Tensor):  # a module may keep anything there (get_extra_state)
+            seen[id(value)] = value.nbytes
     return sum(seen.values())
 
 
