@@ -26,6 +26,14 @@ def test_the_ten_lines_run(tmp_path, monkeypatch):
     assert (tmp_path / "smollm2-light" / "model.safetensors").is_file()
 
 
+def test_links_lead_somewhere():
+    folder = README.parent
+    for path in [README, *folder.glob("*.md"), *folder.glob("docs/*.md"), *folder.glob("results/**/*.md")]:
+        targets = re.findall(r"\]\(([^)#]+)", path.read_text())
+        gone = [one for one in targets if "://" not in one and not (path.parent / one).exists()]
+        assert gone == [], path
+
+
 def test_documents_name_no_local_paths():
     for path in (README, README.parent / "CONTRIBUTING.md", README.parent / "CHANGELOG.md"):
         assert not re.search(r"/(home|root|tmp|work)/", path.read_text()), path
