@@ -80,6 +80,19 @@ def test_two_labels_of_one_format_are_two_lines(data):
     assert {"monarch, calibrated", "monarch, 8 blocks, calibrated", "monarch, 8 blocks"} <= names
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_legend_of_long_names_stays_on_the_page(data, narrow):
+    data["rows"] = data["rows"][:4]
+    for index, row in enumerate(data["rows"]):
+        row["label"] = f"a method whose name is rather long, number {index}"
+        row["format"] = row["label"]
+    figure = quality_against_size(data, narrow=narrow)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
 def test_a_format_looks_the_same_everywhere():
     assert format_style("monarch(blocks=4)") == format_style("monarch") == ("#D55E00", "s")
     assert format_style("a format of tomorrow") == format_style("a format of tomorrow")

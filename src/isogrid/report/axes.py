@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -122,17 +123,27 @@ def off_scale_band(
 
 
 def draw_legend(figure: Figure, axes: Axes, columns: int) -> None:
-    """Every name once, below the figure, in at most so many columns."""
+    """Every name once, below the figure, in at most so many columns; long names take fewer, and two lines at last."""
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
     if not once:
         return
-    legend = figure.legend(
-        list(once.values()), list(once), loc="outside lower center", ncols=min(columns, len(once)), fontsize=9,
-        frameon=False, handlelength=2.8, labelcolor=INK,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a "$" in a label is a "$"
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # empty_figure's canvas is an Agg canvas
+    shown = list(once)
+    for fewer in [*range(min(columns, len(once)), 0, -1), 1]:
+        legend = figure.legend(
+            list(once.values()), shown, loc="outside lower center", ncols=fewer, fontsize=9, frameon=False,
+            handlelength=2.8, labelcolor=INK,
+        )  # fmt: skip
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a "$" in a label is a "$"
+        width = legend.get_window_extent(renderer).width
+        if width <= figure.bbox.width or shown != list(once):
+            return
+        legend.remove()
+        if fewer == 1:
+            letters = max(map(len, shown))
+            shown = [textwrap.fill(name, max(int(0.8 * letters * figure.bbox.width / width), 8)) for name in shown]
 
 
 def label_points(axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
