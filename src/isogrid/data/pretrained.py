@@ -13,6 +13,7 @@ import importlib.metadata
 import io
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -115,14 +116,15 @@ def pretrained_folder(name: str, *, cache_dir: Path | str | None = None) -> Path
             f"install the version this was made for: {source.install} --force-reinstall"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    fresh = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    fresh.mkdir()
     try:
         with quiet_transformers():
             source.write(weights, fresh)
         sizes = {path.name: path.stat().st_size for path in sorted(fresh.iterdir())}
         receipt = {"package": source.package, "version": source.version, "sha256": source.sha256, "files": sizes}
         (fresh / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
-        _open_to_umask(fresh)
+        _as_open_as_their_folder(fresh)
         _put_in_place(fresh, folder, source)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -208,13 +210,11 @@ def _put_in_place(fresh: Path, folder: Path, source: Pretrained) -> None:
             raise
 
 
-def _open_to_umask(folder: Path) -> None:
-    """Temporary folders and safetensors files are private to their user; a cache follows the umask."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+def _as_open_as_their_folder(folder: Path) -> None:
+    """Safetensors files are private to their user; a cache follows the umask, as the folder that was made by it."""
+    mode = folder.stat().st_mode
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        path.chmod(mode & 0o666)
 
 
 def _write_gguf(weights: Path, folder: Path) -> None:

@@ -34,7 +34,8 @@ class Cut:
 class NoAttention(nn.Module):
     """Stands where an attention has no heads left: gives its output layer's bias.
 
-    Caches still learn how many tokens have passed, by one number a token.
+    Caches still learn how many tokens have passed, by one number a token. ``output_attentions`` gives the maps of the
+    other layers.
 
     Args:
         attention: whose attributes (its place in the model, its config) are taken over.
