@@ -100,6 +100,14 @@ def test_a_format_looks_the_same_everywhere():
     assert len({color for color, _ in known}) == len({marker for _, marker in known}) == 5
 
 
+def test_no_two_lines_of_a_figure_look_the_same(data):
+    row = data["rows"][0]
+    names = [f"stored(semi_structured, part={index})" for index in range(12)] + ["semi_structured"] * 12
+    data["rows"] = [row | {"label": f"method {index}", "format": name} for index, name in enumerate(names)]
+    lines = [line for line in quality_against_size(data).axes[0].lines if line.get_label().startswith("method")]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 24
+
+
 def test_kinds_of_layers_are_told_apart():
     gpt = [f"h.{block}.{kind}.c_proj" for block in (0, 1) for kind in ("attn", "mlp")] + ["h.0.mlp.c_fc", "lm_head"]
     assert layer_kinds(gpt) == {

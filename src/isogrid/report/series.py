@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +61,15 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
     for row in rows:
         groups.setdefault((str(row.get("format", row["label"])), bool(row.get("calibrated"))), []).append(row)
     result = []
+    worn: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}  # filled and open markers
     for (name, calibrated), members in groups.items():
         keeps = [row.get("requested_keep") for row in members]
         labels = list(dict.fromkeys(row_name(row) for row in members))
         split = len(set(keeps)) < len(keeps)
         lines = [[row for row in members if row_name(row) == label] for label in labels] if split else [members]
-        for index, line in enumerate(lines):
-            color, marker = format_style(name)
-            if index:
-                marker = OTHER_MARKERS[(index - 1) % len(OTHER_MARKERS)]
+        for line in lines:
+            color, marker = _free(*format_style(name), worn[calibrated])
+            worn[calibrated].add((color, marker))
             own = row_name(line[0])
             if not split and len(labels) > 1:  # the labels name the sizes too; the line is the format's
                 own = f"{name.replace('_', ' ')}{', calibrated' if calibrated else ''}"
@@ -84,3 +84,10 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
             }
             result.append(Series(own, line, look))
     return result
+
+
+def _free(color: str, marker: str, worn: Set[tuple[str, str]]) -> tuple[str, str]:
+    """This colour and marker, or where a line of the figure has them: another marker, then another colour."""
+    others = [(color, other) for other in OTHER_MARKERS]
+    others += [(other, form) for other in OTHER_COLORS for form in OTHER_MARKERS]
+    return next((dress for dress in [(color, marker), *others] if dress not in worn), (color, marker))
