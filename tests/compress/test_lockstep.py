@@ -392,3 +392,28 @@ def test_a_model_that_swallows_everything_leaves_no_thread():
     with pytest.raises(ValueError, match="no"):
         lockstep(model, [lambda: model(torch.ones(1, 4))] * 2, layers, visit)
     assert threading.active_count() == before
+
+
+def test_originals_run_to_their_end_where_asked_for():
+    model = models.mlp()
+    batches = [torch.randn(4, 24, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    expected = [model(batch) for batch in batches]
+    found = {}
+
+    def keeping(index, call):
+        def run_and_keep():
+            found[index] = call()
+
+        return run_and_keep
+
+    originals = [keeping(index, call) for index, call in enumerate(forward_calls(model, batches))]
+
+    def zeroed(name, halts):
+        layer = model.get_submodule(name)
+        new = nn.Linear(layer.in_features, layer.out_features)
+        nn.init.zeros_(new.weight)
+        return new
+
+    lockstep(model, forward_calls(model, batches), select_layers(model), zeroed, originals, finish_originals=True)
+    assert all(torch.equal(found[index], wanted) for index, wanted in enumerate(expected))
+    assert_nothing_left(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from isogrid import IsogridError, LowRank, LowRankLight, compress, select_layers
 from isogrid.compress.blockwise import enclosing_blocks
+from isogrid.compress.layerwise import Seen
 from isogrid.compress.lockstep import Halt
 from isogrid.compress.refine import Example, Refinement, refine_block
 from isogrid.linear import StructuredLinear
@@ -158,6 +161,20 @@ def test_a_model_that_could_not_be_refined_is_as_before():
     with pytest.raises(KeyboardInterrupt):
         compress(model, LowRank(), keep=0.5, calibration=batches(architecture), refine=QUICK, on_block=interrupt)
     models.assert_untouched(model, before)
+
+
+def test_inputs_of_layers_are_let_go_of_before_training(monkeypatch):
+    alive = []
+
+    def counted(*args, **kwargs):
+        alive.append(sum(type(one) is Seen for one in gc.get_objects()))
+        return refine_block(*args, **kwargs)
+
+    monkeypatch.setattr(sys.modules["isogrid.compress.blockwise"], "refine_block", counted)
+    architecture = models.ARCHITECTURES["llama"]
+    data = batches(architecture, 3)
+    compress(architecture.build(), "low_rank", keep=0.5, calibration=data, anchor=0.5, refine=Refinement(steps=1))
+    assert alive == [0, 0]
 
 
 def test_a_block_used_twice_is_refused():

@@ -93,8 +93,9 @@ class ByBlocks:
         if self._needs_originals and [h.index for h in before] != [h.index + len(self._batches) for h in now]:
             raise IsogridError(f"block {name!r}: the two models went different ways; compress without refinement")
         calls = _calls(block, now)
-        for halt, call in zip(before, _calls(block, before), strict=True):
-            halt.output = call()
+        if not self._anchored or (self._progress is not None and self._progress.holds(name)):
+            for call in _calls(block, before, keep=True):
+                call()
         known = None if self._progress is None else self._progress.restore(name, block)
         if known is not None:
             self._done.extend(known[0])
@@ -102,8 +103,8 @@ class ByBlocks:
                 self.reports.append(known[1])
         else:
             self._fit(name, block, now, before, calls)
-        for halt, call in zip(now, calls, strict=True):
-            halt.output = call()
+        for call in _calls(block, now, keep=True):
+            call()
         return block
 
     def _fit(
@@ -118,7 +119,10 @@ class ByBlocks:
             return self._visit(f"{name}.{layer}", inside)
 
         first = len(self._done)
-        lockstep(block, calls, inner, on_layer, _calls(block, before) if self._anchored else ())
+        # What the original block gives comes from the very passes that layers are compared with.
+        originals = _calls(block, before, keep=True) if self._anchored else ()
+        lockstep(block, calls, inner, on_layer, originals, finish_originals=True)
+        self._visit.forget()
         refined = None
         if self._settings is not None:
             examples = [
@@ -142,9 +146,14 @@ class ByBlocks:
         return max(60 * self._settings.minutes - self._trained, 0.0) / max(waiting, 1)
 
 
-def _calls(block: nn.Module, halts: Sequence[Halt]) -> list[Callable[[], Any]]:
+def _calls(block: nn.Module, halts: Sequence[Halt], *, keep: bool = False) -> list[Callable[[], Any]]:
+    """The block's passes; with ``keep`` what they give is the output of their halts."""
+
     def call(halt: Halt) -> Any:
         with torch.no_grad():
-            return block(*halt.args, **halt.kwargs)
+            output = block(*halt.args, **halt.kwargs)
+        if keep:
+            halt.output = output
+        return output
 
     return [partial(call, halt) for halt in halts]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.frugal import frugal_memory
 from isogrid.data import TEXTS
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, widened
@@ -339,7 +340,7 @@ def collect_moments(
 
     handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in layers.items()]
     try:
-        with torch.no_grad(), evaluation_mode(model):
+        with frugal_memory(), torch.no_grad(), evaluation_mode(model):
             for done, run in enumerate(forward_calls(model, batches)):
                 batch = batches[done]
                 called.clear()
@@ -366,4 +367,7 @@ def collect_moments(
                 total.merge(sums[key])
             metrics[keys] = total.metric(name)
         found[name] = metrics[keys]
+        for key in keys:  # sums weigh as much as the metrics they become
+            if all(one in found for one in key):
+                del sums[key]
     return Moments(found, rows=max(metric.rows or 0 for metric in found.values()))

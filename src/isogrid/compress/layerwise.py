@@ -118,6 +118,10 @@ class InOrder:
             self._last = self._measured(name, indices, inputs)
         return self._fit(name, self._last.metric, self._last)
 
+    def forget(self) -> None:
+        """Let go of the last inputs: what comes next is no layer's fit, and they may outweigh a model."""
+        self._last = None
+
     def _measured(self, name: str, indices: list[int], inputs: list[Tensor]) -> Seen:
         batches = self._batches
         present = {i: x for i, x in zip(indices, inputs, strict=True) if i < len(batches)}

@@ -131,6 +131,8 @@ def lockstep(
     layers: Mapping[str, nn.Module],
     visit: Visit,
     originals: Sequence[Callable[[], Any]] = (),
+    *,
+    finish_originals: bool = False,
 ) -> set[str]:
     """Run all forward passes, calling ``visit`` once for each selected layer.
 
@@ -143,6 +145,7 @@ def lockstep(
             order. Where it sets a halt's ``output``, that pass goes on with it, and no module is called.
         originals: further forward passes, numbered after the others; they halt with them, and go on through the layers
             as they were. With them, layers are replaced in the model when all is done.
+        finish_originals: let those run to their end; else they stop where the last layer has been visited.
 
     Returns:
         Names of the layers that were visited; the others were reached by no batch.
@@ -150,7 +153,7 @@ def lockstep(
     Raises whatever a forward pass or ``visit`` raises; layers replaced until then stay replaced.
     """
     with frugal_memory() as give_back:
-        return _run_together(model, forwards, layers, visit, originals, give_back)
+        return _run_together(model, forwards, layers, visit, originals, give_back, finish_originals)
 
 
 def _run_together(
@@ -160,6 +163,7 @@ def _run_together(
     visit: Visit,
     originals: Sequence[Callable[[], Any]],
     give_back: Callable[[], None],
+    finish_originals: bool,
 ) -> set[str]:
     current = _Current()
     replaced: dict[str, nn.Module] = {}
@@ -223,6 +227,10 @@ def _run_together(
                 break
             for runner in here:
                 runner.resume(new)
+                check(runner)
+        for runner in runners:
+            if finish_originals and runner.original and runner.waiting is not None:
+                runner.resume(replaced[runner.waiting[0]])
                 check(runner)
     finally:
         try:

@@ -226,6 +226,7 @@ def compress(
                 raise IsogridError(f"calibration reaches none of the {len(layers)} selected layers; check its form")
             for name in [name for name in layers if name not in {done.name for done in report.layers}]:
                 model.set_submodule(name, fit(name, None))
+            visit.forget()
             if teacher is not None and distillation is not None:
                 with evaluation_mode(teacher), evaluation_mode(model):
                     report.distilled = distill_model(model, teacher, calibration, distillation, seed=seed)

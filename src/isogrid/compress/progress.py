@@ -63,16 +63,19 @@ class Progress:
             self.folder / f"{name}.json",
         )
 
+    def holds(self, name: str) -> bool:
+        """Whether a block is finished."""
+        return (self.folder / f"{name}.json").is_file()
+
     def restore(self, name: str, block: nn.Module) -> tuple[list[LayerReport], BlockReport | None] | None:
         """Put a finished block's layers and vectors into the block; None where it is not finished.
 
         Returns:
             The reports of its layers and of its refinement.
         """
-        place = self.folder / f"{name}.json"
-        if not place.is_file():
+        if not self.holds(name):
             return None
-        told = read_json(place)
+        told = read_json(self.folder / f"{name}.json")
         # Copies lie where the allocator aligns them, as fresh factors do: products round by where their numbers lie.
         state = {
             key: value.clone()

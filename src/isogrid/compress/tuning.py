@@ -145,7 +145,9 @@ def tune(
         if on_look is not None:
             on_look(step, now)
         if now < best:
-            best, kept, state = now, step, [value.detach().clone() for value in parameters]
+            best, kept = now, step
+            for good, value in zip(state, parameters, strict=True):
+                good.copy_(value.detach())
         waited = 0 if now < marked * (1 - settings.least_gain) else waited + 1
         marked = min(marked, now) if waited == 0 else marked
         if waited >= settings.patience or not math.isfinite(now):

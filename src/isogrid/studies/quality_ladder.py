@@ -204,6 +204,8 @@ def run_quality_ladder(
 
     def row(one: Rung) -> dict[str, Any]:
         nonlocal moments
+        if "whitened" not in one.rung:
+            moments = None  # they weigh more than the model
         if "whitened" in one.rung and moments is None:
             moments = collect_moments(subject.model, select_layers(subject.model), subject.calibration)
         if one.rung == DISTILLED:
