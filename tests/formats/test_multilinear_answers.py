@@ -158,3 +158,22 @@ def test_caps_keep_the_fit_and_fold_away():
     inner, folded = fmt.deploy(factors, 12, 16)
     assert inner == LowRank(5)
     assert torch.allclose(inner.dense(folded, 12, 16), fmt.dense(factors, 12, 16))
+
+
+@pytest.mark.parametrize("rank", [2, 24])
+def test_a_tensor_train_multiplies_alike_by_chain_and_by_matrix(rank, monkeypatch):
+    fmt = TensorTrain(rank=rank, cores=3)
+    factors = new_factors(fmt, 512, 512, dtype=torch.float64)
+    fmt.initialize(factors, 512, 512, torch.Generator().manual_seed(0))
+    cores = [factors[f"core{k}"] for k in range(3)]
+    matrix = torch.einsum("aijb,bklc,cmnd->ikmjln", *cores).reshape(512, 512)
+    x = torch.randn(301, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    chains = []
+    chain = TensorTrain._chain
+    monkeypatch.setattr(TensorTrain, "_chain", staticmethod(lambda *of: chains.append(len(of[1])) or chain(*of)))
+    monkeypatch.setattr("isogrid.formats.tensor_train.IN_CACHE", 2**19)
+    assert torch.allclose(fmt.multiply(factors, x, 512), x @ matrix.mT, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(fmt.dense(factors, 512, 512), matrix, rtol=1e-12, atol=1e-14)
+    # Small bonds save operations, piece by piece; with large ones the matrix itself takes less.
+    assert (len(chains) > 1 and sum(chains) == 301) if rank == 2 else not chains
+    assert fmt.multiply(factors, x[:0], 512).shape == (0, 512)

@@ -20,6 +20,13 @@ from isogrid.formats.sizes import nearest_sides
 from isogrid.formats.start import Component
 from isogrid.formats.traits import Traits
 
+# Bytes of the widest intermediate that are multiplied at once: it then stays in a processor's cache.
+IN_CACHE = 2**19
+# Time of a multiply-add of the chain, small products between permutations, against one of a large product.
+CHAIN_FACTOR = 2
+# With fewer rows than this the matrix is never formed.
+MANY_ROWS = 64
+
 
 @dataclass(frozen=True)
 class TensorTrain(Format):
@@ -69,21 +76,43 @@ class TensorTrain(Format):
         return {f"core{k}": Factor((bonds[k], m[k], n[k], bonds[k + 1])) for k in range(self.cores)}
 
     def multiply(self, factors: Mapping[str, Tensor], x: Tensor, out_features: int) -> Tensor:
-        """One digit after the other; the bond travels along."""
+        """One digit after the other, the bond travels along; or by the matrix itself, where that takes less."""
         cores = [factors[f"core{k}"] for k in range(self.cores)]
+        in_features = math.prod(core.shape[2] for core in cores)
+        rows = x.reshape(-1, in_features)
+        if torch.compiler.is_compiling():
+            return self._chain(cores, rows).view(*x.shape[:-1], out_features)
+        stages = self.components(out_features, in_features)
+        chain, whole = sum(stage.fan_in * stage.outputs for stage in stages), out_features * in_features
+        if len(rows) >= MANY_ROWS and len(rows) * (CHAIN_FACTOR * chain - whole) > _multiply_out_adds(cores):
+            return (rows @ self.dense(factors, out_features, in_features).mT).view(*x.shape[:-1], out_features)
+        at_once = max(IN_CACHE // (x.itemsize * max(stage.outputs for stage in stages)), 1)
+        parts = [self._chain(cores, part) for part in rows.split(at_once)]
+        return torch.cat(parts).view(*x.shape[:-1], out_features)
+
+    def dense(self, factors: Mapping[str, Tensor], out_features: int, in_features: int) -> Tensor:
+        """The cores multiplied out, one after the other."""
+        joined = factors["core0"].squeeze(0)  # (rows so far, columns so far, bond)
+        for k in range(1, self.cores):
+            product = torch.tensordot(joined, factors[f"core{k}"], dims=1)  # (rows, columns, m_k, n_k, bond)
+            joined = product.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+        return joined.squeeze(-1)
+
+    @staticmethod
+    def _chain(cores: list[Tensor], x: Tensor) -> Tensor:
+        """``(rows, in) -> (rows, out)``."""
         n = [core.shape[2] for core in cores]
-        state = x.reshape(-1, math.prod(n))
-        rows = state.shape[0]
-        state = state.view(rows, 1, 1, *n[:1], math.prod(n[1:]))  # (rows, done outputs, bond, digit, rest)
+        rows = x.shape[0]
+        state = x.reshape(rows, 1, 1, *n[:1], math.prod(n[1:]))  # (rows, done outputs, bond, digit, rest)
         for k, core in enumerate(cores):
             bond, m_k, n_k, after = core.shape
             done, rest = state.shape[1], state.shape[4]
             columns = state.permute(0, 1, 4, 2, 3).reshape(rows * done * rest, bond * n_k)
             moved = columns @ core.permute(0, 2, 1, 3).reshape(bond * n_k, m_k * after)
             moved = moved.view(rows, done, rest, m_k, after).permute(0, 1, 3, 4, 2)  # (rows, done, m_k, after, rest)
-            following = n[k + 1] if k + 1 < self.cores else 1
+            following = n[k + 1] if k + 1 < len(cores) else 1
             state = moved.reshape(rows, done * m_k, after, following, rest // following)
-        return state.reshape(*x.shape[:-1], out_features)
+        return state.reshape(rows, state.shape[1])
 
     def components(self, out_features: int, in_features: int) -> list[Component]:
         """Each core, with the bonds in its fans."""
@@ -163,3 +192,12 @@ class TensorTrain(Format):
             rest = u.mT @ table
         found[f"core{c - 1}"] = rest.reshape(bonds[c - 1], m[c - 1], n[c - 1], 1)
         return balanced_norms(found)
+
+
+def _multiply_out_adds(cores: list[Tensor]) -> int:
+    """Multiply-adds of `TensorTrain.dense`."""
+    done, adds = cores[0].shape[1] * cores[0].shape[2], 0
+    for core in cores[1:]:
+        adds += done * core.numel()
+        done *= core.shape[1] * core.shape[2]
+    return adds
