@@ -66,12 +66,16 @@ def prune(
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
-    """Remove heads, channels and whole modules until the model is as fast as asked for, measured on this machine."""
+    """Remove heads, channels and whole modules until the model is as fast as asked for, measured on this machine.
+
+    Started by ``accelerate launch`` or ``torchrun``, several processes share the training.
+    """
     from torch import Tensor
 
     from isogrid.checkpoint import check_place, save
     from isogrid.cli.source import open_model
     from isogrid.compress.structured_pruning import How, prune_family
+    from isogrid.compress.team import launched
     from isogrid.evaluation import peak_memory_bytes
     from isogrid.report import format_bytes, format_duration, write_json
     from isogrid.studies.subjects import calibration_data, timed_inputs
@@ -88,7 +92,11 @@ def prune(
         warnings.warn(
             f"{calibrate} is what evaluate measures on; its figures will flatter", IsogridWarning, stacklevel=1
         )
+    accelerator = launched()
+    leads = accelerator is None or accelerator.is_main_process
     loaded, tokenizer = open_model(model, dtype=dtype)
+    if accelerator is not None:
+        loaded = loaded.to(accelerator.device)
     windows, trials = (min(windows, 8), min(trials, 4)) if quick else (windows, trials)
     found: Any = calibration_data(calibrate, loaded, tokenizer, windows=windows, length=length, data_dir=data)
     inputs = timed_inputs(loaded, tokens or length, batch)
@@ -117,10 +125,13 @@ def prune(
         repeats=repeats,
         cached=not fresh,
         seed=seed,
-        say=lambda what: notes.print(plain(what), highlight=False, soft_wrap=True),
+        accelerator=accelerator,
+        say=lambda what: notes.print(plain(what), highlight=False, soft_wrap=True) if leads else None,
     )
     for pruned, report in family:
         place = places[report.speedup]
+        if not leads:
+            continue
         report.calibration = f"{calibrate}, {report.calibration}"
         save(pruned, place, tokenizer=tokenizer)
         described = report.to_dict() | {"model": model, "command": command_line(), "peak_memory": peak_memory_bytes()}
@@ -134,6 +145,8 @@ def prune(
                 highlight=False,
                 soft_wrap=True,
             )
+    if not leads:
+        return
     if as_json:
         console.print_json(json.dumps(rows, default=str))
         return

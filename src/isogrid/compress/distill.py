@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.compress.calibrate import forward_calls, real_rows
+from isogrid.compress.team import Team
 from isogrid.compress.tuning import Tuned, Tuning, first_tensor, row_loss, trainable, tune
 from isogrid.errors import IsogridError
 
@@ -87,6 +88,7 @@ def distill(
     seed: int = 0,
     optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer] | None = None,
     on_look: Callable[[int, float], None] | None = None,
+    accelerator: Any = None,
 ) -> Tuned:
     """Train a compressed model in place towards a teacher's predictions on calibration batches.
 
@@ -98,6 +100,8 @@ def distill(
         seed: of the order of windows.
         optimizer: makes the optimizer of the trained parameters, or gives one whose state is carried on.
         on_look: called with (step, measure on the held-out windows).
+        accelerator: an ``accelerate.Accelerator`` whose processes, each with the model on its own device, share every
+            step's windows; None: this process alone.
 
     Returns:
         What was reached: mean divergence in nats a token, or the relative error of outputs; with `TokenDistillation`
@@ -111,19 +115,21 @@ def distill(
             f"distillation trains on some batches and holds out others, got {len(batches)}; give more windows"
         )
     places = range(len(batches))
+    team = Team(accelerator)
     by_token = isinstance(settings, TokenDistillation)
     options = {"output_hidden_states": True} if by_token else {}
     student_runs, teacher_runs = (forward_calls(one, batches, **options) for one in (model, teacher))
     between = settings.loss if isinstance(settings, TokenDistillation) else distance
 
     def loss(place: int) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher_runs[place]()
-        return between(student_runs[place](), wanted, batches[place])
+        with team.autocast():
+            with torch.no_grad():
+                wanted = teacher_runs[place]()
+            return between(student_runs[place](), wanted, batches[place])
 
     @torch.no_grad()
     def measure(some: Sequence[int]) -> float:
-        return sum(float(loss(place)) for place in some) / len(some)
+        return team.total(sum(float(loss(place)) for place in team.share(some))) / len(some)
 
     with trainable(model, matrices=by_token) as parameters:
         return tune(
@@ -137,6 +143,7 @@ def distill(
             seconds=None if settings.minutes is None else 60 * settings.minutes,
             optimizer=None if optimizer is None else optimizer(parameters),
             on_look=on_look,
+            team=team,
         )
 
 

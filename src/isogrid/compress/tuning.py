@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.team import Team
 from isogrid.errors import IsogridError
 from isogrid.linear import StructuredLinear, is_linear
 
@@ -99,6 +101,7 @@ def tune(
     begun: float | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     on_look: Callable[[int, float], None] | None = None,
+    team: Team | None = None,
 ) -> Tuned:
     """Train parameters in place on some examples, judged by others.
 
@@ -114,7 +117,9 @@ def tune(
         begun: a ``time.perf_counter()``; None: now.
         optimizer: one that `new_optimizer` made for these parameters, its state carried on; None: a new one.
         on_look: called with (step, measure).
+        team: of processes that all make this call; each has its share of a step's examples. None: this one alone.
     """
+    team = team or Team()
     begun = time.perf_counter() if begun is None else begun
     order = random.Random(seed)
     trained, held = split(examples, settings.held_out, order)
@@ -123,19 +128,21 @@ def tune(
     optimizer = optimizer or new_optimizer(parameters, settings.rate)
     rates = {id(group["params"][0]): group["lr"] for group in _groups(parameters, settings.rate)}
     peaks = [rates[id(group["params"][0])] for group in optimizer.param_groups]
-    per_step = max(1, round(settings.rows / max(rows(trained[0]), 1)))
+    per_step = max(1, round(settings.rows / max(rows(trained[0]), 1)), team.size)
     source = _endless(trained, order)
     steps, step, kept, waited, marked = settings.steps, 0, 0, 0, before
     timed = time.perf_counter()
     while step < steps:
         if step == TIMED_STEPS and seconds is not None:
             each = (time.perf_counter() - timed) / TIMED_STEPS
-            steps = min(steps, max(int((seconds - (timed - begun)) / max(each, 1e-9)), TIMED_STEPS))
+            affordable = max(int((seconds - (timed - begun)) / max(each, 1e-9)), TIMED_STEPS)
+            steps = min(steps, team.first(partial(int, affordable)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * _schedule(step, steps)
         optimizer.zero_grad(set_to_none=True)
-        for example in [next(source) for _ in range(per_step)]:
+        for example in team.share([next(source) for _ in range(per_step)]):
             (loss(example) / per_step).backward()
+        team.add_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from isogrid.compress.calibrate import evaluation_mode
 from isogrid.compress.distill import TokenDistillation, distill, original_view
 from isogrid.compress.milliseconds import measured_together
 from isogrid.compress.structured_pruning.pruner import CHECKS, Pruner, require_choice
+from isogrid.compress.structured_pruning.search import Found
 from isogrid.compress.structured_pruning.summary import PruningReport
+from isogrid.compress.team import Team
 from isogrid.compress.tuning import new_optimizer
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.optim import follow_cuts
@@ -44,7 +47,7 @@ def prune(
         trials: likewise.
         train: afterwards, distillation from the model as it was, on the same data: minutes, or a `TokenDistillation`.
         options: of `Pruner`: ``inputs`` (the batch whose time counts), ``tokenizer``, ``length``, ``how``, ``select``,
-            ``repeats``, ``seed``, ``say``.
+            ``repeats``, ``seed``, ``say``; ``accelerator``, see `prune_family`.
 
     Raises:
         IsogridError: see `Pruner`; the model is then as it was.
@@ -66,6 +69,7 @@ def prune_family(
     trials: int = 32,
     train: TokenDistillation | float | None = None,
     in_place: bool = False,
+    accelerator: Any = None,
     **options: Any,
 ) -> Iterator[tuple[nn.Module, PruningReport]]:
     """A model for each speedup, from one calibration and one table of times.
@@ -80,6 +84,8 @@ def prune_family(
         trials: likewise.
         train: see `prune`; for each of the models.
         in_place: the model itself is pruned: for one speedup, or gradually. Save each model before asking for the next.
+        accelerator: an ``accelerate.Accelerator`` whose processes all make this call, each with the model on its own
+            device: times and choices are the first one's, training is shared. None: this process alone.
         options: of `Pruner`.
 
     Yields:
@@ -103,6 +109,8 @@ def prune_family(
     begun = time.perf_counter()
     if options.get("checks") is None:
         options["checks"] = 0 if options.get("times") is not None else CHECKS
+    team = Team(accelerator)
+    options["team"] = team
     pruner = Pruner(model, calibration, **options)
     if settings is not None and len(pruner.batches) < 2:
         raise IsogridError(
@@ -110,7 +118,7 @@ def prune_family(
             "windows"
         )
     for speedup in asked:  # all are known to be in reach before the first is worked on
-        pruner.choose(speedup, allocate="errors")
+        _chosen(team, pruner, speedup, allocate="errors")
     # Its own numbers, as training changes the model's; a view is enough where nothing is trained.
     dense = copy.deepcopy(model) if settings is not None and in_place else original_view(model)
     current: nn.Module = model if in_place else copy.deepcopy(model)
@@ -125,17 +133,26 @@ def prune_family(
             pruner = Pruner(current, pruner.batches, **options)  # data may be read once only
         elif number:
             current = copy.deepcopy(model)
-        found = pruner.choose(speedup, allocate=allocate, trials=trials)
+        found = _chosen(team, pruner, speedup, allocate=allocate, trials=trials)
         report = pruner.apply(found, speedup, current)
+        team.settle(current)
         repeats = options.get("repeats", 9)
         left = [name for name in pruner.modules if found.units[name]]
-        report.milliseconds = measured_together({"dense": dense, "pruned": current}, pruner.inputs, repeats)
+        both = {"dense": dense, "pruned": current}
+        report.milliseconds = team.first(partial(measured_together, both, pruner.inputs, repeats))
         if settings is not None:
             if gradual and optimizer is not None:
                 follow_cuts(optimizer, pruner.cuts)
-            optimizer = _trained(current, dense, pruner, settings, report, optimizer if gradual else None)
+            carried = optimizer if gradual else None
+            optimizer = _trained(current, dense, pruner, settings, report, carried, accelerator)
         report.seconds, begun = time.perf_counter() - begun, time.perf_counter()
         yield current.eval(), report
+
+
+def _chosen(team: Team, pruner: Pruner, speedup: float, **how: Any) -> Found:
+    """`Pruner.choose`, in the first process: it times what it chooses, and corrects its table of times by that."""
+    found, pruner.times = team.first(lambda: (pruner.choose(speedup, **how), pruner.times))
+    return found
 
 
 def _trained(
@@ -145,6 +162,7 @@ def _trained(
     settings: TokenDistillation,
     report: PruningReport,
     carried: torch.optim.Optimizer | None,
+    accelerator: Any,
 ) -> torch.optim.Optimizer:
     used: list[torch.optim.Optimizer] = []
 
@@ -164,5 +182,7 @@ def _trained(
     most = f"{settings.steps} steps" if settings.minutes is None else f"{settings.minutes:g} minutes"
     pruner.say(f"training towards the dense model: {most} of {settings.rows} tokens a step at most")
     with evaluation_mode(teacher), evaluation_mode(model):
-        report.distilled = distill(model, teacher, pruner.batches, settings, seed=pruner.seed, optimizer=optimizer)
+        report.distilled = distill(
+            model, teacher, pruner.batches, settings, seed=pruner.seed, optimizer=optimizer, accelerator=accelerator
+        )
     return used[0]

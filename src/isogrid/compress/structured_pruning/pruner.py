@@ -11,6 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from isogrid.compress.structured_pruning.search import Found, Units, probed, req
 from isogrid.compress.structured_pruning.summary import ModuleReport, PruningReport
 from isogrid.compress.structured_pruning.times import SavedTimes, measure_times, share_of_time
 from isogrid.compress.summary import count_parameters, stored_bytes
+from isogrid.compress.team import Team
 from isogrid.errors import BudgetError, IsogridError, IsogridWarning
 from isogrid.linear import Coupled, Refused, shrink, survey_coupled
 
@@ -61,6 +63,7 @@ class Pruner:
         cached: keep measured times for the next call on this machine.
         seed: of the search.
         say: told what happens.
+        team: of processes that all make this call; the first one's times count.
 
     Raises:
         IsogridError: unknown architecture, tied or non-finite weights, calibration that doesn't reach a module or is
@@ -83,6 +86,7 @@ class Pruner:
         cached: bool = True,
         seed: int = 0,
         say: Callable[[str], object] = lambda _: None,
+        team: Team | None = None,
     ) -> None:
         if not hasattr(model, "save_pretrained"):
             raise IsogridError(f"{type(model).__name__} is no transformers model; its config has to hold the sizes")
@@ -98,7 +102,8 @@ class Pruner:
         checks = (CHECKS if times is None else 0) if checks is None else checks
         if times is None:
             known = {name: levels_of(module) for name, module in self.modules.items()}
-            times = measure_times(model, self.modules, known, self.inputs, repeats=repeats, cached=cached, say=say)
+            measure = partial(measure_times, model, self.modules, known, self.inputs)
+            times = (team or Team()).first(lambda: measure(repeats=repeats, cached=cached, say=say))
         for name in self.modules:
             if name not in times.saved:
                 raise IsogridError(f"module {name!r} is not in the given times; measure them with the same select")
