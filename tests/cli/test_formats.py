@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 
 import pytest
@@ -65,3 +66,9 @@ def test_pictures_are_written(monkeypatch, capsys, tmp_path):
     assert code == 0
     assert "low_rank.png" in printed
     assert [path.name for path in one.iterdir()] == ["low_rank.png"]
+
+
+def test_the_package_is_the_command():
+    found = subprocess.run([sys.executable, "-m", "isogrid", "formats", "--help"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "formats" in found.stdout
