@@ -166,6 +166,46 @@ def test_state_of_another_shape_is_refused_whole():
         one.load_state_dict(adamw.state_dict())
 
 
+def stepped(rank, shape=(6, 9), **options):
+    weight, other = matrix(*shape), matrix(4, 5, 1)
+    optimizer = ProjectedAdamW([("other", other), ("w", weight)], 0.1, rank, **options)
+    weight.grad, other.grad = torch.ones_like(weight), torch.ones_like(other)
+    optimizer.step()
+    return optimizer, weight, other
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("shape", [(6, 8), (9, 6), (60, 90)])
+def test_a_parameter_that_changed_its_shape_stops_the_step_before_anything_moves(rank, shape, state):
+    optimizer, weight, other = stepped(rank, (32, 256), state=state)
+    weight.grad = None
+    weight.data = torch.zeros(shape)
+    weight.grad = torch.ones(shape)
+    before = other.detach().clone()
+    with pytest.raises(IsogridError, match=r"parameter 'w' \(\d+, \d+\): the state .* begin a new optimizer"):
+        optimizer.step()
+    assert torch.equal(other, before)
+    assert not weight.any()
+    assert [held["step"] for held in optimizer.state.values()] == [1, 1]
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_gradient_of_another_shape_stops_the_step(rank):
+    optimizer, weight, _ = stepped(rank)
+    weight.data = torch.zeros(600, 900)
+    with pytest.raises(IsogridError, match=r"'w' \(600, 900\): its gradient has shape \(6, 9\); call zero_grad"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("rank", "later"), [(None, {"rule": "fixed", "rank": 2}), (2, None)])
+def test_a_group_that_stops_or_begins_to_project_has_the_wrong_state(rank, later):
+    optimizer, *_ = stepped(rank)
+    optimizer.param_groups[0]["rank"] = later
+    with pytest.raises(IsogridError, match=r"'other' \(4, 5\): the state is of a step (in|without) a subspace"):
+        optimizer.step()
+
+
 def test_top_r_says_when_it_keeps_nothing():
     weight = matrix(2, 3)
     optimizer = top_r([weight], 0.1, fraction=0.1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from isogrid import IsogridError
+from isogrid import IsogridError, optim
 from isogrid.linear import find_coupled, shrink
 from isogrid.optim import follow_cuts
 from tests import models
@@ -108,3 +108,12 @@ def test_a_state_that_cannot_be_cut():
     with pytest.raises(IsogridError, match=r"'basis' \(5, 5\) of a parameter \(48, 32\) can't be cut"):
         follow_cuts(optimizer, shrink(model, one, [0]))
     assert [id(value) for group in optimizer.param_groups for value in group["params"]] == before
+
+
+@pytest.mark.parametrize("make", [optim.apollo_mini, optim.galore])
+def test_a_projection_is_not_cut(make):
+    model = models.llama()
+    optimizer = trained(model, make)
+    one = find_coupled(model)["model.layers.0.mlp"]
+    with pytest.raises(IsogridError, match=r"projection of a parameter \(\d+, \d+\) can't be cut"):
+        follow_cuts(optimizer, shrink(model, one, [0]))

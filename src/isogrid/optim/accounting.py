@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from isogrid.fitting.ranks import as_rank_rule
 from isogrid.optim.bases import side_of, sides
 from isogrid.optim.codes import BLOCK, takes_codes
-from isogrid.optim.projected_adamw import ProjectedAdamW, projects
+from isogrid.optim.projected_adamw import ProjectedAdamW
+from isogrid.optim.required import projects
 from isogrid.optim.sharding import local
 
 LIMITED = ("normalized", "fira", "apollo_channel", "apollo_tensor")

@@ -32,6 +32,11 @@ def follow_cuts(optimizer: torch.optim.Optimizer, cuts: Iterable[Cut]) -> None:
     for cut in cuts:
         if id(cut.old) in places:
             state = optimizer.state.get(cut.old, {})
+            if "rows" in state:  # a random projection stores no basis, and moments of one direction look like a row
+                raise IsogridError(
+                    f"the optimizer's projection of a parameter {tuple(cut.old.shape)} can't be cut with it; "
+                    "begin a new optimizer"
+                )
             states.append((cut, {key: _cut_state(key, value, cut) for key, value in state.items()}))
     for cut, state in states:
         group = places[id(cut.old)]

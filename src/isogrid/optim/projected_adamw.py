@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,7 @@ from isogrid.fitting.ranks import RankRule, as_rank_rule
 from isogrid.optim.bases import Work, fresh_state, side_of
 from isogrid.optim.options import checked
 from isogrid.optim.plain import step_plain
+from isogrid.optim.required import projects, require_fit, require_usable
 from isogrid.optim.sharding import GradientMatrix, is_sharded, local, rows_of
 from isogrid.optim.steps import step_projected
 
@@ -191,7 +192,8 @@ class ProjectedAdamW(Optimizer):
             closure: evaluates the model and returns the loss.
 
         Raises:
-            IsogridError: a sparse gradient. Nothing was stepped.
+            IsogridError: a sparse gradient, or a gradient or a state of another shape than its parameter has by now.
+                Nothing was stepped.
         """
         loss = None
         if closure is not None:
@@ -204,7 +206,8 @@ class ProjectedAdamW(Optimizer):
 
     def _step(self, waiting: list[tuple[int, str, dict[str, Any], Tensor]]) -> None:
         for _, name, group, parameter in waiting:
-            _require_usable(name, group, parameter)
+            require_usable(name, group, parameter)
+            require_fit(name, parameter, self.state.get(parameter, {}), "begin a new optimizer", group)
         for group in self.param_groups:
             mine = [entry for entry in waiting if entry[2] is group]
             bucket: list[Work] = []
@@ -307,7 +310,8 @@ class ProjectedAdamW(Optimizer):
                     f"parameter group {number} of the state has no {missing[0]!r}; it is not ProjectedAdamW's"
                 )
         for key, (_, name, _, parameter) in zip(saved, entries, strict=True):
-            _require_fit(name, parameter, state_dict["state"].get(key, {}))
+            state = state_dict["state"].get(key, {})
+            require_fit(name, parameter, state, "load it into the model it was saved from")
         super().load_state_dict(state_dict)
         # torch casts state to the parameter's dtype: codes would become numbers, float32 moments bfloat16.
         for key, (_, _, _, parameter) in zip(saved, entries, strict=True):
@@ -335,11 +339,6 @@ class ProjectedAdamW(Optimizer):
         )
 
 
-def projects(group: Mapping[str, Any], parameter: Tensor) -> bool:
-    """Whether the group's options project this parameter."""
-    return group["rank"] is not None and group["projector"] != "top" and parameter.ndim >= 2
-
-
 def _rank_of(name: str, group: dict[str, Any], parameter: Tensor) -> int:
     if parameter.numel() == 0:
         return 0
@@ -348,32 +347,3 @@ def _rank_of(name: str, group: dict[str, Any], parameter: Tensor) -> int:
         return as_rank_rule(group["rank"]).most(rows, parameter.numel() // rows)
     except IsogridError as error:
         raise IsogridError(f"{name}: {error}") from None
-
-
-def _require_usable(name: str, group: dict[str, Any], parameter: Tensor) -> None:
-    gradient = parameter.grad
-    assert gradient is not None
-    if gradient.layout != torch.strided:
-        raise IsogridError(
-            f"{name}: its gradient is sparse ({gradient.layout}); use sparse=False in the embedding, "
-            "or torch.optim.SparseAdam for it"
-        )
-    if group["adaptive"] is not None and group["projector"] == "identity":
-        raise IsogridError(f"{name}: the projector 'identity' never changes; leave adaptive out")
-
-
-def _require_fit(name: str, parameter: Tensor, state: dict[str, Any]) -> None:
-    if not state or parameter.numel() == 0:
-        return
-    rows = parameter.shape[0] if parameter.ndim else 1
-    shape = (rows, parameter.numel() // rows)
-    if "rows" in state:
-        found = (state["rows"], state["columns"])
-        if found != shape:
-            raise IsogridError(
-                f"{name}: the state is of a {found[0]} x {found[1]} matrix; load it into the model it was saved from"
-            )
-    elif "exp_avg" in state and state["exp_avg"].shape != parameter.shape:
-        raise IsogridError(
-            f"{name}: the state has shape {tuple(state['exp_avg'].shape)}; load it into the model it was saved from"
-        )
