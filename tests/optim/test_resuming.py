@@ -1,15 +1,17 @@
 """A resumed run is the same run."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
+from torch import nn
 
 from isogrid.optim import (
     PRESETS,
     ProjectedAdamW,
 )
-from tests.optim.small import PRESET_OPTIONS, loss_of, network, train
+from tests.optim.small import PRESET_OPTIONS, generator, loss_of, matrix, network, train
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,48 @@ def test_a_resumed_run_goes_on_to_the_last_digit(name, extra):
     assert train(resumed, again, 5, start=4) == wanted
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("late", ["loaded", "in place"])
+@pytest.mark.parametrize("first", [torch.contiguous_format, torch.channels_last])
+def test_moments_follow_a_weight_into_another_memory_format(first, late):
+    (second,) = {torch.contiguous_format, torch.channels_last} - {first}
+    start = torch.randn(4, 3, 5, 5, generator=generator(0))
+    weight, wanted = nn.Parameter(start.clone(memory_format=first)), nn.Parameter(start.clone())
+    optimizer, reference = ProjectedAdamW([weight], 0.1, rank=None), torch.optim.AdamW([wanted], 0.1, weight_decay=0)
+    for step in range(6):
+        if step == 3 and late == "loaded":
+            weight = nn.Parameter(weight.detach().clone(memory_format=second))
+            again = ProjectedAdamW([weight], 0.1, rank=None)
+            again.load_state_dict(optimizer.state_dict())
+            optimizer = again
+        elif step == 3:
+            weight.data = weight.data.clone(memory_format=second)
+        weight.grad = torch.randn(4, 3, 5, 5, generator=generator(step))
+        wanted.grad = weight.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert torch.allclose(weight, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "default", "galore", "apollo", "ldadam"])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_a_state_goes_on_in_another_precision(name, dtypes):
+    make = partial(ProjectedAdamW, rank=None) if name == "plain" else partial(PRESETS[name], rank=2)
+    runs = []
+    for load in (False, True):
+        weight = matrix(dtype=dtypes[0])
+        optimizer = make([weight], 0.01)
+        for step in range(4):
+            if load and step == 2:
+                weight = nn.Parameter(weight.detach().to(dtypes[1]))
+                again = make([weight], 0.01)
+                again.load_state_dict(optimizer.state_dict())
+                optimizer = again
+            weight.grad = torch.randn(6, 9, generator=generator(step)).to(weight.dtype)
+            optimizer.step()
+        runs.append(weight.detach().float())
+    assert torch.allclose(*runs, atol=1e-6)
 
 
 def test_states_hold_tensors_and_numbers_only():

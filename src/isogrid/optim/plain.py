@@ -42,8 +42,7 @@ def step_plain(group: dict[str, Any], parameters: list[Tensor], states: list[Sta
             if group["projector"] == "top" and group["rank"] is not None:
                 kept = top_entries(gradient, group["rank"]["fraction"], name, share.rows)
             weight = local(parameter.detach())
-            if kept.stride() != weight.stride():  # fused kernels walk memory in one order
-                kept = torch.empty_like(weight).copy_(kept)
+            kept = _laid_out_as(weight, kept)
             state["step"] += 1
             alive.append((share, kept, state))
     if not alive:
@@ -120,8 +119,11 @@ def _functional(group: dict[str, Any], alive: list[tuple[Share, Tensor, State]],
     """torch's own step, fused where the device has it, for parameters that stand at the same step."""
     for share, _, state in alive:
         for key in MOMENTS:
+            weight = local(share.parameter.detach())
             if key not in state:
-                state[key] = share.wrap(torch.zeros_like(local(share.parameter.detach())))
+                state[key] = share.wrap(torch.zeros_like(weight))
+            elif (moved := _laid_out_as(weight, held := local(state[key]))) is not held:
+                state[key] = share.wrap(moved)
     weights = [local(share.parameter.detach()) for share, *_ in alive]
     beta1, beta2 = group["betas"]
     lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
@@ -151,6 +153,13 @@ def _functional(group: dict[str, Any], alive: list[tuple[Share, Tensor, State]],
     )
     if group["style"] == "hf" and group["decoupled"] and group["weight_decay"]:
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+
+
+def _laid_out_as(weight: Tensor, values: Tensor) -> Tensor:
+    """Values with the weight's strides and dtype, themselves where they have them: fused kernels walk memory once."""
+    if values.stride() == weight.stride() and values.dtype == weight.dtype:
+        return values
+    return torch.empty_like(weight).copy_(values)
 
 
 def _by_hand(group: dict[str, Any], share: Share, gradient: Tensor, state: State) -> None:

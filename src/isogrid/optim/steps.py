@@ -59,9 +59,10 @@ def _prepare(work: Work) -> bool:
         squares, total = squared_norms(gradient, dim)
         if not math.isfinite(float(total)):
             return False
-        if "channel_sq" not in work.state:
-            zeros = torch.zeros_like(squares)
-            work.state["channel_sq"] = work.share.wrap(zeros) if work.side == "left" else zeros
+        held = local(work.state["channel_sq"]) if "channel_sq" in work.state else torch.zeros_like(squares)
+        if "channel_sq" not in work.state or held.dtype != squares.dtype:
+            held = held.to(squares.dtype)
+            work.state["channel_sq"] = work.share.wrap(held) if work.side == "left" else held
         beta2, eps = work.group["betas"][1], work.group["eps"]
         work.scales, work.outer = channel_scales(squares, gradient.shape[dim], work.state, beta2, eps)
         return True
