@@ -1,5 +1,7 @@
 """Every preset against its definition, written out step by step."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -180,3 +182,22 @@ def test_what_is_not_projected_is_torchs_adamw(shape):
         one.step()
         other.step()
         assert (ours - theirs).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["fira", "apollo", "apollo_mini", "default, limited", "fira, published code"])
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_gradient_of_zeros_does_not_stop_what_the_limiter_lets_grow(name, zero):
+    weight = torch.nn.Parameter(torch.zeros(9, 14))
+    optimizer = CASES[name][0]([weight])
+    draw = torch.Generator().manual_seed(0)
+    moved, norms = [], []
+    for step in range(8):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(9, 14, generator=draw) * (step != zero)
+        optimizer.step()
+        moved.append(float((weight.detach() - before).norm()))
+        norms.append(float(optimizer.state[weight]["residual_norm"]))
+    assert min(moved[zero + 1 :]) > 0.1 * max(moved)
+    assert norms[zero] == (norms[zero - 1] if zero else 0)
+    for before, after in pairwise(norms[1:]):
+        assert 0 < after <= 1.01 * before * (1 + 1e-5)

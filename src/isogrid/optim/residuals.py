@@ -32,12 +32,18 @@ class Update:
 
 
 def limited(norm: Tensor, state: State, growth: float | None) -> Scalar:
-    """What a residual of this norm is divided by so that it grows at most by a factor a step (Fira, section 3.3)."""
+    """What a residual of this norm is divided by so that it grows at most by a factor a step (Fira, section 3.3).
+
+    A residual of zero, as of a gradient of zeros, says nothing of how large the next may be: the norm before it stays.
+    """
     if growth is None:
         return 1.0
     before = state.get("residual_norm")
-    divisor = torch.ones_like(norm) if before is None else (norm / (before + TINY)).clamp(min=growth) / growth
-    state["residual_norm"] = norm / divisor
+    if before is None:
+        before = torch.zeros_like(norm)
+    grown = (norm / (before + TINY)).clamp(min=growth) / growth
+    divisor = torch.where(before > 0, grown, torch.ones_like(grown))
+    state["residual_norm"] = torch.where(norm > 0, norm / divisor, before)
     return divisor
 
 
