@@ -10,6 +10,7 @@ from isogrid import IsogridError
 from isogrid.optim import EnergyRank, ProjectedAdamW, ThresholdRank
 from isogrid.training import FactoredLinear, factorize_trainable, merge_factors, truncate_factors
 from isogrid.training.factored import break_even_rank, factored_flops, factored_layers, trainable
+from tests import models
 
 
 class Network(nn.Module):
@@ -41,8 +42,26 @@ def test_full_rank_changes_nothing_and_merges_back(dtype):
     assert (model(x) - before).abs().max() <= tolerance
     assert all(parameter.dtype == dtype for parameter in model.parameters())
     assert merge_factors(model) == ["q", "k"]
-    assert type(model.q) is nn.Linear
+    assert (type(model.q), type(model.k)) == (nn.Linear, Conv1D)
+    assert model.k.weight.shape == (14, 8)
     assert (model(x) - before).abs().max() <= tolerance
+    wanted = network(dtype)
+    assert {name: one.shape for name, one in model.named_parameters()} == {
+        name: one.shape for name, one in wanted.named_parameters()
+    }
+    assert not model.k.bias.requires_grad
+    assert model.k.weight.requires_grad
+
+
+def test_a_merged_gpt2_is_saved_and_loaded_as_itself(tmp_path):
+    model = models.gpt2().eval()
+    batch = models.token_batch(0)
+    factorize_trainable(model, 3, targets=["*.c_attn", "*.c_proj"])
+    wanted = model(**batch).logits
+    merge_factors(model)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.allclose(again(**batch).logits, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])

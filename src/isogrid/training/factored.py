@@ -29,10 +29,19 @@ class FactoredLinear(nn.Module):
         scale: C, the singular values at the start.
         right: B, orthonormal rows at the start.
         bias: ``(out,)`` or None.
+        kind: the class it is merged into: ``nn.Linear``, or transformers' ``Conv1D``, whose weight is ``(in, out)``.
     """
 
-    def __init__(self, left: Tensor, scale: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        left: Tensor,
+        scale: Tensor,
+        right: Tensor,
+        bias: Tensor | None = None,
+        kind: type[nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
+        self.kind = kind
         self.left, self.scale, self.right = nn.Parameter(left), nn.Parameter(scale), nn.Parameter(right)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -58,6 +67,21 @@ class FactoredLinear(nn.Module):
     def dense(self) -> Tensor:
         """``A diag(C) B``, ``(out, in)``."""
         return (self.left * self.scale) @ self.right
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """The dense layer of the class it came from, the product as its weight; what was frozen stays so."""
+        with torch.device("meta"):
+            merged: Any
+            if self.kind is nn.Linear:
+                merged = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+            else:
+                merged = self.kind(self.out_features, self.in_features)
+        weight = self.dense() if self.kind is nn.Linear else self.dense().mT.contiguous()
+        merged.weight = nn.Parameter(weight, requires_grad=self.left.requires_grad)
+        if self.bias is not None:
+            merged.bias = nn.Parameter(self.bias.clone(), requires_grad=self.bias.requires_grad)
+        return merged.train(self.training)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -146,6 +170,7 @@ def factored(layer: nn.Module, rule: RankRule, name: str = "") -> FactoredLinear
         sigma.to(weight.dtype),
         vh.to(weight.dtype).contiguous(),
         None if bias is None else bias.detach().clone(),
+        nn.Linear if isinstance(layer, nn.Linear) else type(layer),
     )
 
 
@@ -208,26 +233,15 @@ def truncate_factors(
     return ranks
 
 
-@torch.no_grad()
 def merge_factors(model: nn.Module) -> list[str]:
-    """Turn every factored layer back into an ``nn.Linear`` with the product as its weight, in place.
+    """Turn every factored layer back into the dense layer that it came from, with the product as its weight, in place.
 
     Returns:
         The names of the merged layers.
     """
     layers = factored_layers(model)
     for name, layer in layers.items():
-        merged = nn.Linear(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            device=layer.left.device,
-            dtype=layer.left.dtype,
-        )
-        merged.weight.copy_(layer.dense())
-        if layer.bias is not None:
-            merged.bias.copy_(layer.bias)
-        model.set_submodule(name, merged.train(layer.training))
+        model.set_submodule(name, layer.merge())
     return list(layers)
 
 
