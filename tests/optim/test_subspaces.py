@@ -1,5 +1,6 @@
 """What holds in every subspace, and the traps of the document."""
 
+import copy
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from isogrid.optim import (
     ThresholdRank,
     galore,
     projected_groups,
+    subspaces,
 )
 from isogrid.optim.subspaces import resolve_side
 from tests.optim.small import PRESET_OPTIONS, generator, matrix, network, train
@@ -139,6 +141,47 @@ def test_singular_values_choose_the_rank_and_moments_follow(rule, transition, pr
         state = optimizer.state[weight]
         assert state["basis_left"].shape == (8, wanted)
         assert state["exp_avg"].shape == (wanted, 10)
+
+
+@pytest.mark.parametrize("projector", ["svd", "randomized"])
+@pytest.mark.parametrize("rule", [ThresholdRank(0.5, 6), EnergyRank(0.5, 6), 2])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_refresh_on_a_gradient_of_zeros_keeps_basis_and_moments(rule, projector, bits):
+    weight = matrix(6, 9)
+    optimizer = ProjectedAdamW(
+        [weight], 0.01, rule, projector=projector, transition="keep", refresh=2, residual="none", projector_bits=bits
+    )
+    for step in range(3):
+        weight.grad = torch.randn(6, 9, generator=generator(step)) * (step < 2)
+        if step == 2:
+            held = {key: copy.deepcopy(value) for key, value in optimizer.state[weight].items()}
+        optimizer.step()
+    state = optimizer.state[weight]
+    assert (state["refreshes"], state["moment_step"]) == (2, 3)
+    assert torch.equal(state["basis_left"], held["basis_left"])
+    assert torch.allclose(state["exp_avg"], 0.9 * held["exp_avg"])
+
+
+@pytest.mark.parametrize("rank", [2, ThresholdRank(0.5, 6)])
+def test_a_decomposition_that_never_converges_keeps_the_basis(monkeypatch, rank):
+    weight = matrix(6, 9)
+    optimizer = ProjectedAdamW([("w", weight)], 0.01, rank, refresh=2)
+
+    def fails(*_):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    for step in range(3):
+        weight.grad = torch.randn(6, 9, generator=generator(step))
+        if step == 2:
+            monkeypatch.setattr(subspaces, "_decomposed", fails)
+            held, before = optimizer.state[weight]["basis_left"].clone(), weight.detach().clone()
+        optimizer.step()
+    assert torch.equal(optimizer.state[weight]["basis_left"], held)
+    assert not torch.equal(weight, before)
+    late = matrix(6, 9)
+    late.grad = torch.ones(6, 9)
+    with pytest.raises(IsogridError, match=r"'late' \(6, 9\): no decomposition .* \(no convergence\); begin with"):
+        ProjectedAdamW([("late", late)], 0.01, rank).step()
 
 
 def test_one_sketch_round_is_within_five_percent_of_the_best_error():

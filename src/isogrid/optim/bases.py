@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isogrid.errors import IsogridError
 from isogrid.fitting.ranks import as_rank_rule
 from isogrid.kernels.subspaces import Scalar
 from isogrid.optim.codes import decode_affine, encode_affine
@@ -111,24 +112,37 @@ def load_bases(work: Work) -> dict[str, Tensor]:
 
 
 def refresh(work: Work) -> None:
-    """Find new bases from the gradient, carry the moments over, and set the step of the next refresh."""
+    """Find new bases from the gradient, carry the moments over, and set the step of the next refresh.
+
+    Raises:
+        IsogridError: the first decomposition did not converge; later ones that don't leave the basis as it was.
+    """
     state, group = work.state, work.group
     old = load_bases(work)
-    new = {}
-    for side in sides(work.side):
-        if old and group["projector"] == "power":
-            new[side] = _tracked(work, side, old[side])
-        else:
-            new[side] = _found(work, side, state["refreshes"])
-        if old and group["projector"] in ("svd", "randomized") and old[side].shape == new[side].shape:
-            # Nothing to learn from a gradient of zeros.
-            new[side] = torch.where(work.gradient.squared_norm() > 0, new[side], old[side])
+    if old and group["projector"] in ("svd", "randomized") and float(work.gradient.squared_norm()) == 0:
+        new = old  # nothing to learn from a gradient of zeros, nor how many directions it has
+    else:
+        new = {side: _anew(work, side, old) for side in sides(work.side)}
     state["refreshes"] += 1
     _store(work, new)
     work.bases = load_bases(work) if group["projector_bits"] is not None else new
     if old:
         _carry_moments(work, old)
     _plan(work, old)
+
+
+def _anew(work: Work, side: str, old: dict[str, Tensor]) -> Tensor:
+    if old and work.group["projector"] == "power":
+        return _tracked(work, side, old[side])
+    try:
+        return _found(work, side, work.state["refreshes"])
+    except torch.linalg.LinAlgError as error:
+        if not old:
+            raise IsogridError(
+                f"{work.name}: no decomposition of its first gradient converges ({error}); "
+                "begin with projector 'random_orthonormal', or leave the parameter to a group with rank=None"
+            ) from error
+        return old[side]
 
 
 def _found(work: Work, side: str, number: int) -> Tensor:
