@@ -69,6 +69,7 @@ def test_no_parameters_at_all_is_an_error_and_an_empty_group_is_not():
     before = weight.detach().clone()
     optimizer.step()
     assert not torch.equal(weight, before)
+    assert ProjectedAdamW([{"params": weight}], rank=2).projected == [weight]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,6 +1,7 @@
 """Steps during the backward pass."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -75,9 +76,35 @@ def test_a_weight_that_is_used_twice_steps_once():
     weight = matrix(5, 5)
     hooked = nn.Parameter(weight.detach().clone())
     one = ProjectedAdamW([weight], 0.1, rank=2)
-    ProjectedAdamW([hooked], 0.1, rank=2, in_backward=True)
+    other = ProjectedAdamW([hooked], 0.1, rank=2, in_backward=True)
     x = torch.randn(3, 5, generator=generator(2))
     ((x @ weight).tanh() @ weight).sum().backward()
     one.step()
     ((x @ hooked).tanh() @ hooked).sum().backward()
     assert torch.equal(weight, hooked)
+    other.step()
+
+
+def test_an_optimizer_that_is_let_go_of_steps_no_more():
+    model = network()
+    ProjectedAdamW(model.named_parameters(), 0.5, rank=2, in_backward=True)
+    gc.collect()
+    loss_of(model, 0).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad()
+    optimizer = ProjectedAdamW(model.named_parameters(), 0.0, rank=2, in_backward=True)
+    before = copy.deepcopy(model.state_dict())
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_two_optimizers_on_one_weight_are_an_error():
+    weight = matrix()
+    first = ProjectedAdamW([("w", weight)], 0.1, rank=2, in_backward=True)
+    second = ProjectedAdamW([("w", weight)], 0.1, rank=2, in_backward=True)
+    with pytest.raises(IsogridError, match=r"'w' \(6, 9\): another optimizer steps it .* remove_hooks"):
+        weight.square().sum().backward()
+    first.remove_hooks()
+    weight.square().sum().backward()
+    assert second.state[weight]["step"] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -114,7 +115,9 @@ class ProjectedAdamW(Optimizer):
         options = dict(locals())
         defaults = {key: options[key] for key in options if key not in ("self", "params", "in_backward", "__class__")}
         params = list(params)
-        if not params or all(isinstance(group, dict) and not group.get("params", True) for group in params):
+        # A tensor alone is a group of one, as in torch, and has no truth of its own.
+        held = [group.get("params", True) if isinstance(group, dict) else True for group in params]
+        if all(not isinstance(one, Tensor) and not one for one in held):
             raise IsogridError("ProjectedAdamW: there are no parameters to optimize; give model.named_parameters()")
         self._stepped: set[int] = set()
         self._handles: list[Any] = []
@@ -186,7 +189,8 @@ class ProjectedAdamW(Optimizer):
 
         With ``in_backward=True`` the steps were made during the backward pass, and this call only ends the step:
         learning-rate schedules, ``zero_grad`` and ``state_dict`` work as ever. There is then no gradient left to
-        accumulate over several backward passes, to clip by a global norm, or to unscale.
+        accumulate over several backward passes, to clip by a global norm, or to unscale. The hooks step as long as
+        the optimizer is held.
 
         Args:
             closure: evaluates the model and returns the loss.
@@ -253,30 +257,41 @@ class ProjectedAdamW(Optimizer):
 
     def _register_hooks(self, start: int = 0) -> None:
         numbers = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        # Parameters hold their hooks, and would hold an optimizer that is long forgotten: it would step on.
+        living = weakref.ref(self)
         for index, name, _, parameter in list(self._numbered()):
             if index < start or not parameter.requires_grad:
                 continue
 
             def hook(held: Tensor, index: int = index, name: str = name, number: int = numbers[index]) -> None:
-                if index in self._stepped:
-                    raise IsogridError(
-                        f"{name}: a second gradient before step(); with in_backward=True gradients can't be "
-                        "accumulated over several backward passes: call step() after each, or use in_backward=False"
-                    )
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    alone = torch.distributed.get_world_size() == 1 or is_sharded(held)
-                    if not alone:
-                        raise IsogridError(
-                            f"{name}: with in_backward=True a replica would step before gradients are averaged; "
-                            "shard the model with fully_shard, or use in_backward=False under DDP"
-                        )
-                with torch.no_grad():
-                    # Loading replaces the groups, so they are looked up at every step.
-                    self._step([(index, name, self.param_groups[number], held)])
-                self._stepped.add(index)
-                held.grad = None
+                if (optimizer := living()) is not None:
+                    optimizer._step_in_backward(held, index, name, number)
 
             self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _step_in_backward(self, parameter: Tensor, index: int, name: str, number: int) -> None:
+        if index in self._stepped:
+            raise IsogridError(
+                f"{name}: a second gradient before step(); with in_backward=True gradients can't be "
+                "accumulated over several backward passes: call step() after each, or use in_backward=False"
+            )
+        if parameter.grad is None:
+            raise IsogridError(
+                f"{name}: another optimizer steps it during the backward pass and has freed its gradient; "
+                "call that one's remove_hooks() before letting go of it"
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            alone = torch.distributed.get_world_size() == 1 or is_sharded(parameter)
+            if not alone:
+                raise IsogridError(
+                    f"{name}: with in_backward=True a replica would step before gradients are averaged; "
+                    "shard the model with fully_shard, or use in_backward=False under DDP"
+                )
+        with torch.no_grad():
+            # Loading replaces the groups, so they are looked up at every step.
+            self._step([(index, name, self.param_groups[number], parameter)])
+        self._stepped.add(index)
+        parameter.grad = None
 
     def remove_hooks(self) -> None:
         """Give gradients back to the caller: steps are made by `step` alone from now on."""
