@@ -229,3 +229,16 @@ def test_finite_gradients_whose_squares_leave_float16_are_stepped_by():
     optimizer.step()
     assert optimizer.skipped == 0
     assert float(parameter.detach().abs().min()) > 0
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_weight_that_is_a_part_of_other_memory_leaves_the_rest_alone(rank):
+    whole, copied = torch.ones(10, 10), nn.Parameter(torch.ones(10, 5))
+    part = nn.Parameter(whole[:, ::2])
+    for weight in (part, copied):
+        optimizer = ProjectedAdamW([weight], 0.1, rank)
+        for step in range(3):
+            weight.grad = torch.randn(10, 5, generator=generator(step))
+            optimizer.step()
+    assert torch.equal(whole[:, 1::2], torch.ones(10, 5))
+    assert torch.allclose(part, copied, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from isogrid.optim import (
     galore,
     projected_groups,
     subspaces,
+    top_r,
 )
 from isogrid.optim.subspaces import resolve_side
 from tests.optim.small import PRESET_OPTIONS, generator, matrix, network, train
@@ -258,6 +260,36 @@ def test_stochastic_rounding_is_right_on_average():
     assert abs(float(rounded.mean()) - float(values[0])) < 5e-5
     exact = torch.randn(1000, generator=generator(1)).to(torch.bfloat16)
     assert torch.equal(round_stochastically(exact.float(), generator(2)), exact)
+
+
+PLAIN = {"rank": None, "residual": "none"}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(ProjectedAdamW, **PLAIN),
+        partial(ProjectedAdamW, **PLAIN, core="sgd"),
+        partial(ProjectedAdamW, **PLAIN, state="8bit"),
+        partial(top_r, fraction=1.0, weight_decay=0.0),
+        partial(ProjectedAdamW, rank=64, projector="identity", residual="none"),
+    ],
+)
+def test_stochastic_rounding_keeps_updates_that_bfloat16_would_lose(make):
+    means = {}
+    for rounding in (False, True):
+        runs = []
+        for _ in range(2):
+            weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+            optimizer = make([weight], lr=1e-3, stochastic_rounding=rounding)
+            for _ in range(50):
+                weight.grad = torch.ones_like(weight)
+                optimizer.step()
+            runs.append(weight.detach().clone())
+        assert torch.equal(*runs)
+        means[rounding] = float(runs[0].float().mean())
+    assert means[False] == 1
+    assert means[True] == pytest.approx(0.95, abs=2e-3)
 
 
 def test_embedding_trap():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from isogrid.optim.subspaces import drawn_from
 
 BLOCK = 256
 SMALLEST = 4096
@@ -134,6 +137,23 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
     Plain rounding loses every update that is smaller than 2^-8 of the weight.
     """
-    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32).to(values.device)
-    bits = values.contiguous().view(torch.int32) + noise
+    noise = torch.randint(0, 1 << 16, values.shape, generator=generator, dtype=torch.int32, device=generator.device)
+    bits = values.contiguous().view(torch.int32) + noise.to(values.device)
     return (bits & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def put_back(weight: Tensor, stepped: Tensor, group: Mapping[str, Any], index: int, step: int) -> None:
+    """Write a weight that was stepped in a wider precision, rounded as its group says.
+
+    Args:
+        weight: overwritten.
+        stepped: of its shape.
+        group: options.
+        index: of the parameter among all; with seed and step it gives the noise, drawn on the weight's device.
+        step: its number.
+    """
+    if group["stochastic_rounding"] and weight.dtype == torch.bfloat16:
+        # Refreshes never reach numbers this large.
+        generator = drawn_from(group["seed"], index, 2**40 + step, weight.device)
+        stepped = round_stochastically(stepped, generator)
+    weight.copy_(stepped)

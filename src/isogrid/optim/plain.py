@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
 from isogrid.errors import IsogridWarning
+from isogrid.optim.codes import put_back
 from isogrid.optim.moments import MOMENTS, State, adam_directions, read, step_size, write
 from isogrid.optim.sharding import Rows, Share, local, overall_norm, rows_of
 
@@ -20,47 +24,67 @@ DIGIT = 16
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def step_plain(group: dict[str, Any], parameters: list[Tensor], states: list[State], names: list[str]) -> None:
+@dataclass
+class Plain:
+    """One parameter that is not projected, in one step.
+
+    Attributes:
+        parameter: the parameter.
+        name: for messages.
+        index: place among all parameters, from which randomness is seeded.
+        state: its state.
+        gradient: what is here of it, as the weight lies in memory; empty before the step looks at it.
+    """
+
+    parameter: Tensor
+    name: str
+    index: int
+    state: State
+    gradient: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """The rows that are here."""
+        return local(self.parameter.detach())
+
+    @cached_property
+    def share(self) -> Share:
+        """Of states with a row for each of the parameter's."""
+        return Share(self.parameter, rows_of(self.parameter, self.name))
+
+
+def step_plain(group: dict[str, Any], works: Sequence[Plain]) -> None:
     """Step parameters of one group; one whose gradient is not finite is skipped and counted, else untouched."""
-    gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    shares = [Share(parameter, rows_of(parameter, name)) for parameter, name in zip(parameters, names, strict=True)]
+    gradients = [local(work.parameter.grad) for work in works if work.parameter.grad is not None]
     largest = [
-        share.rows.sum(overall_norm(gradient.detach())).double().cpu()
-        for share, gradient in zip(shares, gradients, strict=True)
+        work.share.rows.sum(overall_norm(gradient.detach())).double().cpu()
+        for work, gradient in zip(works, gradients, strict=True)
     ]
     fine = torch.isfinite(torch.stack(largest)).tolist() if largest else []
-    alive: list[tuple[Share, Tensor, State]] = []
-    for share, gradient, state, name, healthy in zip(shares, gradients, states, names, fine, strict=True):
-        parameter = share.parameter
+    alive = []
+    for work, gradient, healthy in zip(works, gradients, fine, strict=True):
+        state = work.state
         if not state:
             state.update({"step": 0, "skipped": 0})
         if not healthy:
             state["skipped"] += 1
             continue
-        if parameter.numel():  # of the whole: a rank without rows keeps the same state as the others
+        if work.parameter.numel():  # of the whole: a rank without rows keeps the same state as the others
             kept = gradient
             if group["projector"] == "top" and group["rank"] is not None:
-                kept = top_entries(gradient, group["rank"]["fraction"], name, share.rows)
-            weight = local(parameter.detach())
-            kept = _laid_out_as(weight, kept)
+                kept = top_entries(gradient, group["rank"]["fraction"], work.name, work.share.rows)
+            work.gradient = _laid_out_as(work.weight, kept)
             state["step"] += 1
-            alive.append((share, kept, state))
-    if not alive:
-        return
+            alive.append(work)
     if group["core"] == "sgd":
-        for share, gradient, _ in alive:
-            weight = local(share.parameter.detach())
-            weight.mul_(1 - group["lr"] * group["weight_decay"] * group["decoupled"])
-            coupled = 0 if group["decoupled"] else group["weight_decay"]
-            weight.add_(gradient + coupled * weight if coupled else gradient, alpha=-group["lr"])
-        return
-    exact = (torch.float32, torch.float64)
-    if group["state"] == "float32" and all(share.parameter.dtype in exact for share, *_ in alive):
-        for step in sorted({state["step"] for *_, state in alive}):
-            _functional(group, [entry for entry in alive if entry[2]["step"] == step], step)
+        for work in alive:
+            _descend(group, work)
+    elif group["state"] == "float32" and all(_is_exact(work.weight) and _is_dense(work.weight) for work in alive):
+        for step in sorted({work.state["step"] for work in alive}):
+            _functional(group, [work for work in alive if work.state["step"] == step], step)
     else:
-        for share, gradient, state in alive:
-            _by_hand(group, share, gradient, state)
+        for work in alive:
+            _by_hand(group, work)
 
 
 def top_entries(gradient: Tensor, fraction: float, name: str, rows: Rows) -> Tensor:
@@ -115,16 +139,26 @@ def _among_largest(sizes: Tensor, count: int, rows: Rows) -> Tensor:
     return (bits > found) | equal & (equal.cumsum(0) <= wanted - before)
 
 
-def _functional(group: dict[str, Any], alive: list[tuple[Share, Tensor, State]], step: int) -> None:
+def _descend(group: dict[str, Any], work: Plain) -> None:
+    """A step against the gradient itself."""
+    weight, gradient = work.weight, work.gradient
+    stepped = weight if _is_exact(weight) else weight.float()
+    stepped.mul_(1 - group["lr"] * group["weight_decay"] * group["decoupled"])
+    coupled = 0 if group["decoupled"] else group["weight_decay"]
+    stepped.add_(gradient + coupled * stepped if coupled else gradient, alpha=-group["lr"])
+    if stepped is not weight:
+        put_back(weight, stepped, group, work.index, work.state["step"])
+
+
+def _functional(group: dict[str, Any], alive: Sequence[Plain], step: int) -> None:
     """torch's own step, fused where the device has it, for parameters that stand at the same step."""
-    for share, _, state in alive:
+    weights = [work.weight for work in alive]
+    for work, weight in zip(alive, weights, strict=True):
         for key in MOMENTS:
-            weight = local(share.parameter.detach())
-            if key not in state:
-                state[key] = share.wrap(torch.zeros_like(weight))
-            elif (moved := _laid_out_as(weight, held := local(state[key]))) is not held:
-                state[key] = share.wrap(moved)
-    weights = [local(share.parameter.detach()) for share, *_ in alive]
+            if key not in work.state:
+                work.state[key] = work.share.wrap(torch.zeros_like(weight))
+            elif (moved := _laid_out_as(weight, held := local(work.state[key]))) is not held:
+                work.state[key] = work.share.wrap(moved)
     beta1, beta2 = group["betas"]
     lr, eps, decay = group["lr"], group["eps"], group["weight_decay"]
     if group["style"] == "hf":
@@ -136,9 +170,9 @@ def _functional(group: dict[str, Any], alive: list[tuple[Share, Tensor, State]],
     fused = all(weight.device.type in FUSED_DEVICES for weight in weights)
     (adamw if group["decoupled"] else adam)(
         weights,
-        [gradient for _, gradient, _ in alive],
-        [local(state["exp_avg"]) for *_, state in alive],
-        [local(state["exp_avg_sq"]) for *_, state in alive],
+        [work.gradient for work in alive],
+        [local(work.state["exp_avg"]) for work in alive],
+        [local(work.state["exp_avg_sq"]) for work in alive],
         [],
         # The counter is a Python number in the state; torch wants tensors that it may count up.
         [torch.tensor(float(step - 1), device=weight.device if fused else "cpu") for weight in weights],
@@ -162,11 +196,20 @@ def _laid_out_as(weight: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(weight).copy_(values)
 
 
-def _by_hand(group: dict[str, Any], share: Share, gradient: Tensor, state: State) -> None:
-    """The step in float32 at least, for other conventions and for states in other precisions."""
-    weight = local(share.parameter.detach())
+def _is_exact(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float32, torch.float64)
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether memory holds its numbers and no others between: torch's fused kernels would step those too."""
+    return torch.empty_like(weight, device="meta").stride() == weight.stride()
+
+
+def _by_hand(group: dict[str, Any], work: Plain) -> None:
+    """The step in float32 at least, for weights and states in other precisions or other memory than torch's takes."""
+    weight, state, share = work.weight, work.state, work.share
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    stepped, gradient = weight.to(dtype), gradient.to(dtype)
+    stepped, gradient = weight.to(dtype), work.gradient.to(dtype)
     if not group["decoupled"]:
         gradient = gradient + group["weight_decay"] * stepped
     shrink = 1 - group["lr"] * group["weight_decay"] if group["decoupled"] else 1.0
@@ -182,4 +225,4 @@ def _by_hand(group: dict[str, Any], share: Share, gradient: Tensor, state: State
         stepped = (stepped * shrink).add_(direction, alpha=-size)
     else:
         stepped = stepped.add(direction, alpha=-size).mul_(shrink)
-    weight.copy_(stepped)
+    put_back(weight, stepped, group, work.index, step)

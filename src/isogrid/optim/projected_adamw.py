@@ -17,7 +17,7 @@ from isogrid.errors import IsogridError, IsogridWarning
 from isogrid.fitting.ranks import RankRule, as_rank_rule
 from isogrid.optim.bases import Work, fresh_state, side_of
 from isogrid.optim.options import checked
-from isogrid.optim.plain import step_plain
+from isogrid.optim.plain import Plain, step_plain
 from isogrid.optim.required import projects, require_fit, require_usable
 from isogrid.optim.sharding import GradientMatrix, is_sharded, local, rows_of
 from isogrid.optim.steps import step_projected
@@ -227,9 +227,9 @@ class ProjectedAdamW(Optimizer):
                     bucket, numbers = [], 0
             if bucket:
                 step_projected(bucket)
-            plain = [(name, p) for _, name, _, p in mine if not projects(group, p)]
+            plain = [Plain(p, name, index, self.state[p]) for index, name, _, p in mine if not projects(group, p)]
             if plain:
-                step_plain(group, [p for _, p in plain], [self.state[p] for _, p in plain], [name for name, _ in plain])
+                step_plain(group, plain)
 
     def _work(self, index: int, name: str, group: dict[str, Any], parameter: Tensor) -> Work:
         rows = rows_of(parameter, name)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from isogrid.kernels.subspaces import Scalar, coordinates, lift_, moments_, squared_norm, takes
 from isogrid.optim.bases import Work, load_bases, refresh
-from isogrid.optim.codes import round_stochastically
+from isogrid.optim.codes import put_back
 from isogrid.optim.moments import MOMENTS, adam_directions, eps_of, read, step_size, write
 from isogrid.optim.residuals import TINY, Update, apollo, channel_scales, fira, normalized, squared_norms
 from isogrid.optim.sharding import GradientMatrix, local, overall_norm
-from isogrid.optim.subspaces import drawn_from
 
 
 def step_projected(bucket: Sequence[Work]) -> None:
@@ -243,7 +242,4 @@ def _apply(work: Work, update: Update) -> None:
         left, right = _lift(work, work.bases, update.coordinates)
         lift_(matrix, left, right, size=size, gradient=gradient, factor=update.factor, before=before, after=after)
     if not exact:
-        stepped = matrix.view(weight.shape)
-        if group["stochastic_rounding"] and weight.dtype == torch.bfloat16:
-            stepped = round_stochastically(stepped, drawn_from(group["seed"], work.index, 2**40 + work.state["step"]))
-        weight.copy_(stepped)
+        put_back(weight, matrix.view(weight.shape), group, work.index, work.state["step"])

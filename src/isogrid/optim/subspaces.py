@@ -36,10 +36,13 @@ def resolve_side(side: str, rows: int, columns: int) -> str:
     return side
 
 
-def drawn_from(seed: int, parameter: int, refresh: int) -> torch.Generator:
-    """A generator for one refresh of one parameter: the same on every rank, on every device, and after a resume."""
+def drawn_from(seed: int, parameter: int, refresh: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one refresh of one parameter: the same on every rank and after a resume.
+
+    What the CPU draws is the same for every device; a GPU draws other numbers, without a copy.
+    """
     digest = hashlib.blake2b(f"{seed}/{parameter}/{refresh}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def project(gradient: GradientMatrix, basis: Tensor, side: str) -> Tensor:
