@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from isogrid.formats import Circulant, TritPlanes
+from isogrid.linear import StructuredLinear
 from isogrid.optim import (
     PRESETS,
     ProjectedAdamW,
@@ -11,6 +13,7 @@ from isogrid.optim import (
     predicted_state_bytes,
     state_bytes,
 )
+from isogrid.training import factorize_trainable
 
 
 def model_of(dtype=torch.float32):
@@ -63,3 +66,40 @@ def test_a_breakdown_predicts_every_part_of_a_step(in_backward):
     assert measured["activations"] == 4 * 7 * (96 + 96 + 128 + 128 + 3)
     assert measured["saved for backward"] >= 4 * 7 * (64 + 96 + 96 + 128 + 128)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Forms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        dense = nn.Linear(64, 64)
+        self.trits = StructuredLinear.from_linear(dense, TritPlanes())
+        self.round = StructuredLinear.from_linear(dense, Circulant())
+        self.thin = nn.Linear(64, 48)
+        factorize_trainable(self, 8, targets=["thin"], freeze=False)
+
+    def forward(self, x):
+        return self.thin(self.round(self.trits(x)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda values: torch.optim.SGD(values, 0.1),
+        lambda values: torch.optim.Adagrad(values),
+        lambda values: torch.optim.Adam(values, amsgrad=True),
+        lambda values: torch.optim.AdamW([{"params": list(values)[:2]}]),
+    ],
+)
+def test_codes_and_vectors_are_factors_and_only_known_states_are_predicted(make):
+    model = Forms()
+    optimizer = make(model.parameters())
+    found = memory_breakdown(model, optimizer, {"x": torch.randn(5, 64)}, lambda y: y.square().mean())
+    predicted, measured = found["predicted"], found["measured"]
+    assert predicted.items() <= measured.items()
+    held = sum(layer.memory()["factors"] for layer in (model.trits, model.round))
+    assert measured["of which factors"] == held + 4 * 8 * (64 + 48 + 1)
+    assert measured["parameters"] == measured["of which factors"] + 4 * (64 + 64 + 48)
+    states = {part for part in measured if part.startswith("state: ")}
+    known = isinstance(optimizer, torch.optim.Adam)
+    assert {part for part in predicted if part.startswith("state: ")} == (states if known else set())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from isogrid.fitting.ranks import as_rank_rule
+from isogrid.linear import StructuredLinear
 from isogrid.optim.bases import side_of, sides
 from isogrid.optim.codes import BLOCK, takes_codes
 from isogrid.optim.projected_adamw import ProjectedAdamW
@@ -171,8 +172,8 @@ def memory_breakdown(
 ) -> dict[str, dict[str, int]]:
     """Predicted and measured bytes of one training step: parameters, gradients, optimizer state by key, activations.
 
-    The step is taken: the model is one step further afterwards, and its gradients are freed. Factored layers are
-    parameters like others and are named apart as ``of which factors``.
+    The step is taken: the model is one step further afterwards, and its gradients are freed. Factors are parameters
+    like others, codes among them, and are named apart as ``of which factors``.
 
     Args:
         model: in the mode it is in; give it in training mode.
@@ -182,28 +183,23 @@ def memory_breakdown(
 
     Returns:
         ``{"predicted": {…}, "measured": {…}}`` with keys ``parameters``, ``of which factors``, ``gradients``,
-        ``state: KEY``, ``activations`` (not predicted where the path of the forward pass depends on numbers), and
-        under ``measured`` also ``saved for backward``.
+        ``state: KEY`` (predicted for `ProjectedAdamW` and torch's Adam and AdamW), ``activations`` (not predicted where
+        the path of the forward pass depends on numbers), and under ``measured`` also ``saved for backward``.
     """
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    factors = [
-        parameter
-        for module in model.modules()
-        if type(module).__name__ in ("FactoredLinear", "StructuredLinear")
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim >= 2
-    ]
-    fixed = {"parameters": tensor_bytes(parameters), "of which factors": tensor_bytes(factors)}
+    factors = list(_factors(model))
+    fixed = {"parameters": tensor_bytes([*parameters, *factors]), "of which factors": tensor_bytes(factors)}
     predicted = dict(fixed)
     in_backward = getattr(optimizer, "in_backward", False)
     # Steps during the backward pass free each gradient; the largest one is what is there at a time.
-    predicted["gradients"] = max((p.nbytes for p in trained), default=0) if in_backward else tensor_bytes(trained)
+    predicted["gradients"] = (
+        max((local(p).nbytes for p in trained), default=0) if in_backward else tensor_bytes(trained)
+    )
     if isinstance(optimizer, ProjectedAdamW):
         predicted |= {f"state: {key}": count for key, count in predicted_state_bytes(optimizer).items()}
-    else:
-        predicted |= {f"state: {key}": tensor_bytes(trained) for key in ("exp_avg", "exp_avg_sq")}
-        predicted["state: step"] = 4 * len(trained)
+    elif isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        predicted |= {f"state: {key}": count for key, count in _of_adam(optimizer).items()}
     # A model whose path depends on numbers, as on a mask of all ones, can't be predicted from shapes.
     with contextlib.suppress(RuntimeError):
         predicted["activations"] = predicted_activation_bytes(model, batch)
@@ -211,14 +207,14 @@ def memory_breakdown(
     measured = dict(fixed)
     result: list[Any] = []
     measured_activations = activation_bytes(
-        model, lambda: result.append(saved_bytes(lambda: model(**batch), parameters))
+        model, lambda: result.append(saved_bytes(lambda: model(**batch), [*parameters, *factors]))
     )
     output, kept = result[0]
     largest = 0
 
     def seen(parameter: Tensor) -> None:
         nonlocal largest
-        largest = max(largest, parameter.nbytes)
+        largest = max(largest, local(parameter).nbytes)
 
     handles = [p.register_post_accumulate_grad_hook(seen) for p in trained] if in_backward else []
     loss_of(output).backward()
@@ -230,6 +226,25 @@ def memory_breakdown(
     measured |= {f"state: {key}": count for key, count in state_bytes(optimizer).items()}
     measured |= {"activations": measured_activations, "saved for backward": kept}
     return {"predicted": predicted, "measured": measured}
+
+
+def _factors(model: nn.Module) -> Iterator[Tensor]:
+    """What layers hold in a matrix's place: parameters of any shape, and codes and places, which are buffers."""
+    for module in model.modules():
+        if isinstance(module, StructuredLinear):
+            yield from module.factors.values()
+        elif type(module).__name__ == "FactoredLinear":  # of a room that this one can't see
+            yield from (module.left, module.scale, module.right)  # type: ignore[misc]
+
+
+def _of_adam(optimizer: Optimizer) -> Bytes:
+    found: Bytes = defaultdict(int)
+    for group in optimizer.param_groups:
+        trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+        for key in ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])):
+            found[key] += tensor_bytes(trained)
+        found["step"] += 4 * len(trained)
+    return found
 
 
 def refresh_flops(optimizer: ProjectedAdamW) -> int:
