@@ -17,7 +17,6 @@ from isogrid.optim import (
     ProjectedAdamW,
     ThresholdRank,
     galore,
-    projected_groups,
     subspaces,
     top_r,
 )
@@ -329,26 +328,6 @@ def test_noise_trap():
     assert left_over(lambda p: PRESETS["galore"](p, 0.02, rank=2, refresh=10, **common)) > 0.95
     assert left_over(lambda p: PRESETS["ldadam"](p, 0.02, rank=2, side="left")) < 0.05
     assert left_over(lambda p: ProjectedAdamW(p, 0.02, 2, side="left", refresh=10)) < 0.05
-
-
-def test_groups_leave_embeddings_heads_and_vectors_alone():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed = nn.Embedding(10, 4)
-            self.inner = nn.Linear(4, 6)
-            self.lm_head = nn.Linear(6, 10)
-            self.frozen = nn.Linear(6, 6)
-            self.frozen.requires_grad_(False)
-
-    groups = projected_groups(Model(), weight_decay=0.1)
-    names = [[name for name, _ in group["params"]] for group in groups]
-    assert names == [["inner.weight"], ["embed.weight", "lm_head.weight"], ["inner.bias", "lm_head.bias"]]
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.0]
-    chosen = projected_groups(Model(), targets=["lm_head.*"])
-    assert [name for name, _ in chosen[0]["params"]] == ["lm_head.weight"]
-    with pytest.raises(IsogridError, match="target 'decoder' matches no trainable matrix"):
-        projected_groups(Model(), targets=["decoder"])
 
 
 def test_no_warning_is_raised_by_ordinary_steps():

@@ -88,6 +88,19 @@ def test_what_trains_is_what_the_source_trains():
     assert factors == 3 * (10 + 14 + 1) + 3 * (14 + 8 + 1)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("freeze", [False, True])
+def test_biases_of_factored_layers_are_named_like_others(freeze, frozen):
+    model = network()
+    model.requires_grad_(not frozen)
+    model.k.bias.requires_grad_(frozen)
+    factorize_trainable(model, 3, targets=["q", "k"], train=["q.bias", "classifier.bias"], freeze=freeze)
+    biases = {name for name, _ in trainable(model) if name.endswith("bias")}
+    assert biases == (
+        {"q.bias", "classifier.bias"} if freeze else {"k.bias"} if frozen else {"q.bias", "classifier.bias"}
+    )
+
+
 def test_the_forward_pass_never_forms_the_product():
     model = network()
     factorize_trainable(model, 2, targets=["q", "k"])
@@ -157,6 +170,10 @@ def test_bad_input_leaves_the_model_as_it_was():
             factorize_trainable(model, **options)
         assert type(model.q) is nn.Linear
         assert all(parameter.requires_grad for parameter in model.parameters())
+    alone = nn.Linear(3, 4)
+    with pytest.raises(IsogridError, match=r"of a single layer take nn\.Sequential\(layer\)"):
+        factorize_trainable(alone, 2, targets=["*"])
+    assert alone.weight.requires_grad
     model.tied = nn.Linear(10, 14)
     model.tied.weight = model.q.weight
     with pytest.raises(IsogridError, match=r"layer 'q': its weight is shared \(q\.weight, tied\.weight\)"):

@@ -6,15 +6,18 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from isogrid.errors import IsogridError
+from isogrid.fitting.ranks import RankRule
 from isogrid.linear import StructuredLinear
-from isogrid.optim.presets import preset
+from isogrid.optim.presets import clipped, preset
 from isogrid.optim.projected_adamw import ProjectedAdamW
 
 # Heads read few classes out of many features, and tokens that were not seen yet have no place in a left basis.
 HEADS = ("classifier", "score", "embed_out")
+# Classes, of rooms that this one can't see, whose parameters are two thin factors.
+THIN = ("FactoredLinear", "LoRALinear")
 
 
 def projected_groups(
@@ -24,13 +27,14 @@ def projected_groups(
     skip: Sequence[str] = (),
     weight_decay: float = 0.0,
     decay_all: bool = False,
+    rank: RankRule | int | float | None = None,
 ) -> list[dict[str, Any]]:
     """Three groups of named parameters: projected matrices, other matrices, and vectors without decay.
 
     Projected are the weights of layers inside the model: linear, convolution, and any other parameter of two
-    dimensions or more that is no embedding, no head (by name: ``classifier``, ``score``,
-    ``embed_out``, what ends in ``head``) and no factor of a `StructuredLinear`,
-    which is small already and whose three-dimensional factors are stacks of blocks.
+    dimensions or more that is no embedding, no head (by name: ``classifier``, ``score``, ``embed_out``, what ends in
+    ``head``) and no factor. Factors are small already: a `StructuredLinear`'s, which may be stacks of blocks, never are
+    projected; those of factored layers and adapters are where their short side is more than twice the rank.
 
     Args:
         model: parameters that need no gradient are left out.
@@ -38,6 +42,7 @@ def projected_groups(
         skip: patterns of names not to project.
         weight_decay: of matrices.
         decay_all: of vectors too.
+        rank: that the optimizer will have; None projects no factors.
 
     Raises:
         IsogridError: a pattern of ``targets`` matches no matrix that can be trained.
@@ -46,6 +51,8 @@ def projected_groups(
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag | StructuredLinear):
             kept_whole |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        elif type(module).__name__ in THIN:
+            kept_whole |= {id(one) for one in module.parameters(recurse=False) if not _gains(one, rank)}
     groups: list[list[tuple[str, Any]]] = [[], [], []]
     matched: set[str] = set()
     for name, parameter in model.named_parameters():
@@ -57,7 +64,9 @@ def projected_groups(
             wanted = bool(hits)
         else:
             head = any(part in HEADS or part.endswith("head") for part in name.lower().split("."))
-            wanted = parameter.ndim >= 2 and id(parameter) not in kept_whole and not head
+            adapter = any(part.startswith("lora_") for part in name.split("."))
+            thin = id(parameter) in kept_whole or (adapter and not _gains(parameter, rank))
+            wanted = parameter.ndim >= 2 and not thin and not head
         wanted = wanted and not any(fnmatch.fnmatch(name, pattern) for pattern in skip)
         groups[0 if wanted else 1 if parameter.ndim >= 2 else 2].append((name, parameter))
     if targets is not None and (lost := [pattern for pattern in targets if pattern not in matched]):
@@ -72,6 +81,13 @@ def projected_groups(
         for parameters, decay, extra in zip(groups, decays, plain, strict=True)
         if parameters
     ]
+
+
+def _gains(factor: Tensor, rank: RankRule | int | float | None) -> bool:
+    """Whether a thin factor is projected: at a short side of twice the rank, a basis costs what the moments save."""
+    if rank is None or factor.ndim != 2:
+        return False
+    return min(factor.shape) > 2 * clipped(rank).most(*factor.shape)
 
 
 def make_optimizer(
@@ -98,7 +114,7 @@ def make_optimizer(
     Raises:
         IsogridError: an unknown preset, or one of its errors.
     """
-    groups = projected_groups(model, targets=targets, skip=skip, weight_decay=weight_decay)
+    groups = projected_groups(model, targets=targets, skip=skip, weight_decay=weight_decay, rank=options.get("rank"))
     return preset(method)(groups, lr, **options)
 
 

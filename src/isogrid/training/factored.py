@@ -103,15 +103,16 @@ def factorize_trainable(
         rank: a number, a fraction of the short side, or a rule; `isogrid.optim.ThresholdRank` and `EnergyRank` choose
             each layer's rank from the singular values of its weight (the SVT rank choice).
         targets: patterns of layer names: ``"*.q_lin"``.
-        train: patterns of names of other parameters that stay trainable: ``"classifier.*"``.
-        freeze: freeze everything but factors and ``train``, the biases of factored layers included, as the source does.
+        train: patterns of names of other parameters that stay trainable: ``"classifier.*"``, ``"*.q_lin.bias"``.
+        freeze: freeze everything but factors and ``train``, the biases of factored layers included, as the source does;
+            False leaves every other parameter as it was.
 
     Returns:
         The names of the replaced layers.
 
     Raises:
-        IsogridError: a pattern matches nothing, a rank is beyond a shape, or a weight is shared with another layer. The
-            model is then as it was.
+        IsogridError: a pattern matches nothing, a rank is beyond a shape, a weight is shared with another layer, or the
+            model is itself the layer. The model is then as it was.
     """
     rule = as_rank_rule(rank)
     found = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -128,6 +129,10 @@ def factorize_trainable(
         owners.setdefault(id(parameter), []).append(name)
     made = {}
     for name, layer in chosen.items():
+        if not name:
+            raise IsogridError(
+                "factorize_trainable changes the layers within a model; of a single layer take nn.Sequential(layer)"
+            )
         if isinstance(layer, StructuredLinear):
             raise IsogridError(f"layer {name!r} is a StructuredLinear already; leave it out of targets")
         shared = owners[id(layer.weight)]
@@ -138,9 +143,10 @@ def factorize_trainable(
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(any(fnmatch.fnmatch(parameter_name, pattern) for pattern in train))
     for name, layer in made.items():
-        layer.train(chosen[name].training)
-        if not freeze and layer.bias is not None:
-            layer.bias.requires_grad_(True)
+        before: Any = chosen[name]
+        layer.train(before.training)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(before.bias.requires_grad)
         model.set_submodule(name, layer)
     return list(made)
 
