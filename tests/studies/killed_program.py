@@ -65,9 +65,10 @@ def sentences(count: int, seed: int) -> LabelledTexts:
     return LabelledTexts([" ".join(map(str, row.tolist())) for row in words], labels)
 
 
-def run(folder: Path, method: str, every: int) -> dict:
+def run(folder: Path, method: str, every: int, drawn: int = 0) -> dict:
     plan = Plan(epochs=4, batch=8, length=10, lr=0.01, refresh=7, checkpoint_every=every)
-    return train_run(method, 4, 3, make_encoder, tokenizer, sentences(240, 0), sentences(40, 1), plan, folder)
+    train, test = sentences(240, drawn), sentences(40, 1)
+    return train_run(method, 4, 3, make_encoder, tokenizer, train, test, plan, folder, {"drawn": drawn})
 
 
 if __name__ == "__main__":

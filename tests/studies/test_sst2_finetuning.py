@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from isogrid import IsogridError
 from isogrid.cli.studies import study_options
 from isogrid.data import load_imdb, load_sst2
+from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
 from isogrid.models import SentenceClassifier
 from isogrid.studies import STUDIES
 from isogrid.studies import sst2_finetuning as study
@@ -49,9 +50,8 @@ def test_a_killed_run_resumes_to_the_last_digit(tmp_path):
     assert not checkpoint.exists()
 
 
-@pytest.mark.parametrize("method", ["factored_svt", "lora_top_r", "svt_fraction"])
-def test_an_interrupted_run_resumes_to_the_last_digit(tmp_path, monkeypatch, method):
-    wanted = killed_program.run(tmp_path / "whole", method, 0)
+def interrupt(monkeypatch, folder, method, drawn=0):
+    """A run that ends at step 77 and leaves a checkpoint."""
     made = METHODS[method]
 
     def interrupted(model, optimizer, setting, step):
@@ -62,9 +62,31 @@ def test_an_interrupted_run_resumes_to_the_last_digit(tmp_path, monkeypatch, met
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, method, dataclasses.replace(made, after_step=interrupted))
         with pytest.raises(KeyboardInterrupt):
-            killed_program.run(tmp_path / "cut", method, 5)
-    assert (tmp_path / "cut" / "checkpoint.pt").is_file()
+            killed_program.run(folder, method, 5, drawn)
+    assert (folder / "checkpoint.pt").is_file()
+
+
+@pytest.mark.parametrize("method", ["factored_svt", "lora_top_r", "svt_fraction"])
+def test_an_interrupted_run_resumes_to_the_last_digit(tmp_path, monkeypatch, method):
+    wanted = killed_program.run(tmp_path / "whole", method, 0)
+    interrupt(monkeypatch, tmp_path / "cut", method)
     assert killed_program.run(tmp_path / "cut", method, 5)["epochs"] == wanted["epochs"]
+
+
+def test_a_checkpoint_of_other_data_is_left_alone(tmp_path, monkeypatch):
+    wanted = killed_program.run(tmp_path / "whole", "lora", 0)
+    interrupt(monkeypatch, tmp_path / "cut", "lora", drawn=2)
+    assert killed_program.run(tmp_path / "cut", "lora", 5)["epochs"] == wanted["epochs"]
+
+
+def test_the_peak_of_a_run_is_not_that_of_the_process(tmp_path):
+    torch.ones(400 << 20, dtype=torch.uint8)
+    before = peak_memory_bytes()
+    if not forget_peak_memory():
+        pytest.skip("the system counts from the beginning only")
+    torch.ones(400 << 20, dtype=torch.uint8)
+    row = killed_program.run(tmp_path, "lora", 0)
+    assert all(peak["process_peak_bytes"] < before - (200 << 20) for peak in row["peaks"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -99,13 +121,16 @@ def test_closed_forms_count_what_a_step_multiplies(method):
     assert 15 * token + 3 * sentence == sum(count for operation, count in counted.items() if operation in products)
 
 
-def test_a_remembered_run_gives_its_four_files_to_another_folder(tmp_path, monkeypatch):
+def test_a_remembered_run_gives_its_four_files_to_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "load_pretrained", lambda _: (killed_program.make_encoder(), killed_program.tokenizer))
     monkeypatch.setattr(study, "_data", lambda *_: (killed_program.sentences(40, 0), killed_program.sentences(16, 1)))
     trained = []
     monkeypatch.setattr(study, "train_run", lambda *given: trained.append(given) or train_run(*given))
     options = {"quick": True, "methods": ["lora"], "ranks": [4], "say": lambda _: None}
+    stale = tmp_path / "two" / "lora" / "rank-4" / "seed-0" / FILES[0]
+    stale.parent.mkdir(parents=True)
+    stale.write_text("epoch,train_loss\n1,0.5\n")
     for out in ("one", "two"):
         study.run_sst2_finetuning(tmp_path / out, **options)
     assert len(trained) == 1
@@ -136,6 +161,10 @@ def test_unknown_methods_ranks_and_options_are_named(tmp_path):
         study.run_sst2_finetuning(tmp_path, methods=["sgd"])
     with pytest.raises(IsogridError, match="each is at least 1"):
         study.run_sst2_finetuning(tmp_path, ranks=[0])
+    with pytest.raises(IsogridError, match=r"--rank 300 is beyond svt_fraction's share .* at most 256"):
+        study.run_sst2_finetuning(tmp_path, ranks=[4, 300])
+    with pytest.raises(IsogridError, match=r"--rank is given 2 times \(4, 8\); optimizer_quality compares at one rank"):
+        STUDIES["optimizer_quality"](tmp_path, ranks=[4, 8])
     with pytest.raises(IsogridError, match="study 'solver_quality' has no --method"):
         study_options("solver_quality", STUDIES["solver_quality"], {"methods": ["lora"], "full": False})
     given = {"methods": ["lora"], "ranks": [16], "full": False, "imdb": None}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from isogrid.errors import IsogridError
 from isogrid.models import add_lora
 from isogrid.optim import FixedRank, FractionRank, ProjectedAdamW, rsvd_adam, top_r
 from isogrid.training import factorize_trainable, truncate_factors
@@ -21,6 +22,8 @@ HEAD = ("pre_classifier.*", "classifier.*")
 DECAY = 0.01
 # The source's shares of the short side, listed under the rank they stand beside in its table.
 FRACTIONS = {4: 0.01, 8: 0.05, 16: 0.1, 64: 0.25, 128: 0.5}
+# What other ranks are a share of.
+WHOLE = 256
 TRUNCATE_EVERY = 50
 
 
@@ -106,8 +109,22 @@ def _svt_fixed(model: nn.Module, setting: Setting) -> Optimizer:
     return rsvd_adam(model.named_parameters(), setting.lr, rank=rank, svt=True, **_common(setting))
 
 
+def share_of(rank: int) -> float:
+    """The share of the short side that stands beside a rank.
+
+    Raises:
+        IsogridError: it would be more than all of it.
+    """
+    if rank > WHOLE:
+        raise IsogridError(
+            f"--rank {rank} is beyond svt_fraction's share of the short side, rank / {WHOLE}; "
+            f"use at most {WHOLE}, or other methods"
+        )
+    return FRACTIONS.get(rank, rank / WHOLE)
+
+
 def _svt_fraction(model: nn.Module, setting: Setting) -> Optimizer:
-    share = FRACTIONS.get(setting.rank, setting.rank / 256)
+    share = share_of(setting.rank)
     return rsvd_adam(model.named_parameters(), setting.lr, rank_fraction=share, svt=True, **_common(setting))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isogrid.data import LabelledTexts
-from isogrid.evaluation import peak_memory_bytes
+from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
 from isogrid.models import LoRALinear, SentenceClassifier
 from isogrid.optim import ProjectedAdamW, memory_breakdown, projection_flops, refresh_flops
 from isogrid.report import write_csv
@@ -155,6 +155,7 @@ def train_run(
     test: LabelledTexts,
     plan: Plan,
     folder: Path,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one model and write ``epoch_loss.csv``, ``epoch_peak_memory.csv``, ``flops.csv``, ``memory_breakdown.csv``.
 
@@ -168,10 +169,12 @@ def train_run(
         test: evaluation examples.
         plan: what all runs share.
         folder: for the files, and for a checkpoint while the run is unfinished.
+        settings: what else the run depends on; a checkpoint of other settings is left alone.
 
     Returns:
         The row of the study's table.
     """
+    forget_peak_memory()
     setting = Setting(rank, plan.lr, plan.refresh, seed)
     encoder = make_encoder()
     generator = torch.Generator().manual_seed(seed)
@@ -189,8 +192,9 @@ def train_run(
     torch.manual_seed(seed)
     checkpoint = folder / "checkpoint.pt"
     described = {"method": method, "rank": rank, "seed": seed, "examples": len(train), **asdict(plan)}
+    whole = described | {"settings": dict(settings or {})}
     if checkpoint.is_file() and plan.checkpoint_every:
-        _resume(checkpoint, described, model, optimizer, setting, progress, epochs)
+        _resume(checkpoint, whole, model, optimizer, setting, progress, epochs)
     peaks: list[dict[str, Any]] = list(progress.pop("peaks", []))
     while progress["epoch"] < plan.epochs:
         order = list(batches(train, tokenizer, plan, 1000 * seed + progress["epoch"]))
@@ -210,7 +214,7 @@ def train_run(
             made.after_step(model, optimizer, setting, progress["step"])
             if plan.checkpoint_every and progress["step"] % plan.checkpoint_every == 0:
                 kept = progress | {"peaks": peaks, "seconds": progress["seconds"] + time.perf_counter() - begun}
-                _save(checkpoint, described, model, optimizer, kept, epochs)
+                _save(checkpoint, whole, model, optimizer, kept, epochs)
         test_loss, accuracy = evaluate(model, test, tokenizer, plan)
         epochs.append(
             {

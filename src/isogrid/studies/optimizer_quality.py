@@ -96,8 +96,12 @@ def run_optimizer_quality(
         The table.
 
     Raises:
-        IsogridError: an unknown method.
+        IsogridError: an unknown method, or more than one rank.
     """
+    if len(ranks) > 1:
+        raise IsogridError(
+            f"--rank is given {len(ranks)} times ({', '.join(map(str, ranks))}); optimizer_quality compares at one rank"
+        )
     for name in methods:
         if name not in METHODS:
             raise IsogridError(f"method {name!r} is unknown; there are {', '.join(METHODS)}")

@@ -27,9 +27,9 @@ from isogrid.report import (
     save_figure,
     stacked_bars,
 )
-from isogrid.studies.finetuning_methods import METHODS
-from isogrid.studies.finetuning_run import FILES, Plan, train_run, write_files
-from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
+from isogrid.studies.finetuning_methods import METHODS, share_of
+from isogrid.studies.finetuning_run import Plan, train_run, write_files
+from isogrid.studies.rows import Say, fingerprint, heading, remembered, table_page, write_table
 
 MODEL = "minilm"
 # 4,000 examples, 2 epochs, would take 43 runs of 10 TFLOP, more than two hours on two cores.
@@ -85,7 +85,7 @@ def run_sst2_finetuning(
         The table.
 
     Raises:
-        IsogridError: an unknown method, or a rank below 1.
+        IsogridError: an unknown method, a rank below 1, or one that a method can't have.
     """
     for name in methods:
         if name not in METHODS:
@@ -101,6 +101,9 @@ def run_sst2_finetuning(
     if quick:
         plan, examples, seeds = replace(plan, epochs=1, length=32, refresh=2, checkpoint_every=0), 96, 1
         picked = list(ranks) or [4]
+    if "svt_fraction" in chosen:
+        for rank in picked:
+            share_of(rank)
     source = "SST-2" if imdb is None else "IMDB"
     train, test = _data(imdb, data_dir, examples, 64 if quick else None, seed)
     seeded_rank = SEEDED_RANK if SEEDED_RANK in picked else picked[0]
@@ -113,17 +116,19 @@ def run_sst2_finetuning(
     )
     encoder, tokenizer = load_pretrained(MODEL)
     runs = Path("runs/study/sst2_finetuning")
+    settings = {**asdict(plan), "examples": len(train), "data": source, "seed": seed, "tests": len(test)}
+    settings["texts"] = fingerprint(
+        [train.texts, train.labels, test.texts, test.labels]
+    )  # a folder may hold others now
     rows = []
     with progress("Training", len(planned)) as step:
         for method, rank, run_seed in planned:
             key = f"{method}-{rank}-{run_seed}"
-            settings = {**asdict(plan), "examples": len(train), "data": source, "seed": seed, "tests": len(test)}
             folder = out / method / f"rank-{rank}" / f"seed-{run_seed}"
             make = partial(copy.deepcopy, encoder)
-            work = partial(train_run, method, rank, run_seed, make, tokenizer, train, test, plan, folder)
+            work = partial(train_run, method, rank, run_seed, make, tokenizer, train, test, plan, folder, settings)
             row = remembered(runs, key, settings, work)
-            if not all((folder / name).is_file() for name in FILES):  # remembered, and this is another folder
-                write_files(row, folder)
+            write_files(row, folder)  # a remembered one may find an empty folder, or another run's files
             rows.append(row)
             step(key)
             say(f"{key}: train {row['train_loss']:.4f}, eval {row['eval_loss']:.4f}, accuracy {row['accuracy']:.4f}")
