@@ -5,7 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from isogrid.optim import (
     PRESETS,
@@ -86,6 +88,24 @@ def test_a_state_goes_on_in_another_precision(name, dtypes):
             optimizer.step()
         runs.append(weight.detach().float())
     assert torch.allclose(*runs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_distributed_checkpoint_resumes_to_the_last_digit(name, tmp_path):
+    options = PRESET_OPTIONS[name] | ({} if name in ("ldadam", "top_r") else {"refresh": 1})
+    whole, resumed = network(), network(seed=9)
+    optimizer = PRESETS[name](whole.named_parameters(), 0.01, **options)
+    again = PRESETS[name](resumed.named_parameters(), 0.01, **options)
+    train(whole, optimizer, 3)
+    dcp.save(
+        {"model": whole.state_dict(), "optimizer": get_optimizer_state_dict(whole, optimizer)}, checkpoint_id=tmp_path
+    )
+    wanted = train(whole, optimizer, 5, start=3)
+    loaded = {"model": resumed.state_dict(), "optimizer": get_optimizer_state_dict(resumed, again)}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    resumed.load_state_dict(loaded["model"])
+    set_optimizer_state_dict(resumed, again, loaded["optimizer"])
+    assert train(resumed, again, 5, start=3) == wanted
 
 
 def test_states_hold_tensors_and_numbers_only():

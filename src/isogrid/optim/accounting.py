@@ -42,8 +42,7 @@ def state_bytes(optimizer: Optimizer) -> Bytes:
 def predicted_state_bytes(optimizer: ProjectedAdamW) -> Bytes:
     """What `state_bytes` will be after the first step, from shapes and options alone.
 
-    Rank rules that look at singular values are counted at their limit; the queue of an adaptive gap, which begins with
-    the second basis, is left out.
+    Rank rules that look at singular values are counted at their limit.
     """
     found: Bytes = defaultdict(int)
     for group in optimizer.param_groups:
@@ -81,6 +80,8 @@ def _of_parameter(group: Mapping[str, Any], parameter: Tensor) -> Bytes:
         groups = -(-count // BLOCK)
         found[f"basis_{one}"] = groups * BLOCK * group["projector_bits"] // 8
         found[f"basis_{one}_scale"] = found[f"basis_{one}_zero"] = 4 * groups
+    if group["adaptive"] is not None:
+        found["cosines"] = 4 * group["adaptive"]["queue"]
     if group["core"] == "adam":
         count = rank * {"left": columns, "right": rows, "both": rank}[side]
         found |= stored("exp_avg", count) | stored("exp_avg_sq", count)

@@ -214,10 +214,10 @@ def _carry_moments(work: Work, old: dict[str, Tensor]) -> None:
 def _plan(work: Work, old: dict[str, Tensor]) -> None:
     """Set the next refresh; an adaptive gap grows while the leading direction stays (Q-GaLore, Zhang et al. 2024)."""
     state, adaptive = work.state, work.group["adaptive"]
+    if adaptive is not None and "cosines" not in state:  # from the first basis on: dcp loads into what is there
+        state["cosines"] = torch.full((adaptive["queue"],), float("nan"))
     if adaptive is not None and old:
-        queue = state.get("cosines")
-        if queue is None:
-            queue = torch.full((adaptive["queue"],), float("nan"))
+        queue = state["cosines"]
         side = sides(work.side)[0]
         before, after = old[side][:, 0], work.bases[side][:, 0]
         cosine = (before @ after).abs() / (before.norm() * after.norm()).clamp(min=1e-12)

@@ -306,6 +306,9 @@ class ProjectedAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; every tensor keeps its own dtype and moves to its parameter's device.
 
+        ``torch.distributed.checkpoint.load`` fills tensors of sizes known before; ranks that singular values choose,
+        `ThresholdRank` and `EnergyRank`, it can't load: give a gathered state dict there.
+
         Raises:
             IsogridError: the state belongs to other shapes, or there are other groups. Nothing was loaded.
         """
