@@ -1,11 +1,12 @@
 """Which parameters of a model are projected."""
 
 import pytest
+import torch
 from torch import nn
 
 from isogrid import IsogridError
 from isogrid.models import add_lora
-from isogrid.optim import make_optimizer, projected_groups
+from isogrid.optim import ProjectedAdamW, make_optimizer, projected_adamw, projected_groups
 from isogrid.training import factorize_trainable
 from isogrid.training.factored import trainable
 
@@ -52,3 +53,18 @@ def test_thin_factors_are_projected_where_that_saves_state():
         optimizer = make_optimizer(model, "galore", rank=rank)
         assert all(any(one is model.get_parameter(name) for one in optimizer.projected) for name in names)
         assert len(optimizer.projected) == len(names) + 1
+
+
+def test_a_bucket_lies_on_one_device(monkeypatch):
+    devices = ["cpu", "cpu", "meta", "meta", "cpu"]
+    weights = [nn.Parameter(torch.zeros(4, 5, device=device)) for device in devices]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    buckets = []
+    monkeypatch.setattr(
+        projected_adamw,
+        "step_projected",
+        lambda bucket: buckets.append([work.parameter.device.type for work in bucket]),
+    )
+    ProjectedAdamW(weights, rank=2, foreach=True).step()
+    assert buckets == [["cpu", "cpu"], ["meta", "meta"], ["cpu"]]

@@ -219,6 +219,9 @@ class ProjectedAdamW(Optimizer):
             for index, name, _, parameter in mine:
                 if not projects(group, parameter) or parameter.numel() == 0:
                     continue
+                if bucket and bucket[-1].parameter.device != parameter.device:  # one look at one GPU
+                    step_projected(bucket)
+                    bucket, numbers = [], 0
                 wide = parameter.is_cuda if group["foreach"] is None else group["foreach"]
                 bucket.append(self._work(index, name, group, parameter))
                 numbers += parameter.numel()
