@@ -397,6 +397,16 @@ def test_zero_rows_dead_inputs_and_groups_that_do_not_divide(solver):
     assert (target - matrix).norm() < 0.5 * target.norm()
 
 
+@pytest.mark.parametrize("solver", ["default", "multistart", "diagonal", "feedback", "ptqtp"])
+@pytest.mark.parametrize(("m", "n"), [(5, 16), (5, 17)])
+def test_a_transposed_view_is_fitted_as_its_copy(solver, m, n):
+    """A Conv1D's matrix is one."""
+    target, fmt = gaussian(n, m).mT, TritPlanes(group=8)
+    for metric in (None, ill_conditioned(n, condition=1e2)):
+        one, other = (fmt.dense(fmt.fit(t, metric, solver=solver), m, n) for t in (target, target.contiguous()))
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
 # ---- other formats, held in codes ----------------------------------------------------------------------------------
 
 

@@ -22,7 +22,8 @@ RIDGE = 1e-10
 def in_groups(matrix: Tensor, group: int) -> Tensor:
     """``(rows, columns)`` to ``(rows, groups, group)``, the last group filled up with zeros."""
     missing = -matrix.shape[1] % group
-    return torch.nn.functional.pad(matrix, (0, missing)).view(len(matrix), -1, group)
+    # What nothing is added to stays a view, and a transposed one has no axes to merge.
+    return torch.nn.functional.pad(matrix, (0, missing)).contiguous().view(len(matrix), -1, group)
 
 
 def written(trits: Tensor, scales: Tensor, group: int) -> Tensor:
