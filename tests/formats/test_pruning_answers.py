@@ -433,6 +433,18 @@ def test_dead_inputs_and_few_rows(fmt: Format) -> None:
     assert torch.isfinite(fitted(fmt, weight, zeros)).all()
 
 
+@pytest.mark.parametrize(
+    ("fmt", "solver"), [(SemiStructured(), "sparsegpt"), (Sparse(0.5), "sparsegpt"), (Quantized(3, 4), "gptq")]
+)
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_scale_of_the_inputs_changes_nothing_where_one_is_dead(fmt: Format, solver: str, scale: float) -> None:
+    rows = gaussian(40, 12, seed=2) @ gaussian(12, 12, seed=3)
+    rows[:, 3] = 0
+    weight = gaussian(7, 12)
+    one, other = (fitted(fmt, weight, Metric.from_rows(rows * by), solver=solver) for by in (1.0, scale))
+    assert torch.allclose(one, other, rtol=1e-8, atol=1e-10)
+
+
 def test_a_hessian_without_full_rank_is_told_of() -> None:
     rows = gaussian(5, 12, seed=2)
     metric = Metric.from_rows(rows, damping=0.0)

@@ -70,7 +70,8 @@ def damped_moment(metric: Metric | None, n: int, damping: float, like: Tensor) -
         like: tensor whose dtype and device the result has.
 
     Returns:
-        ``hessian (n, n)`` with ones on the diagonal for dead inputs, ``dead (n,)`` booleans.
+        ``hessian (n, n)``, on whose diagonal dead inputs have the mean of the others (published: 1, which lets the
+        inputs' scale decide how much is added to all), and ``dead (n,)`` booleans.
 
     Raises:
         IsogridError: damping negative or not finite.
@@ -83,7 +84,7 @@ def damped_moment(metric: Metric | None, n: int, damping: float, like: Tensor) -
     hessian = metric.moment.clone()
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1
+    diagonal[dead] = 1 if dead.all() else diagonal[~dead].mean()
     diagonal += damping * diagonal.mean()
     return hessian, dead
 
