@@ -117,6 +117,13 @@ def bert_classifier(seed: int = 0) -> Any:
     return shake(transformers.BertForSequenceClassification(_bert_config()), seed).eval()
 
 
+def bert_scorer(seed: int = 0) -> Any:
+    """One logit: as cross-encoders, reward models and regressions have."""
+    config = _bert_config()
+    config.num_labels = 1
+    return shake(transformers.BertForSequenceClassification(config), seed).eval()
+
+
 def gpt2(seed: int = 0) -> Any:
     config = transformers.GPT2Config(
         n_embd=24,

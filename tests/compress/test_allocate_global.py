@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress
-from isogrid.compress import as_candidates
+from isogrid.compress import as_candidates, select_layers
 from isogrid.compress.allocate import Option, choose, lagrangian_bound, water_fill
 from isogrid.compress.curves import Curves, error_curve, sampled
 from isogrid.compress.sensitivity import loss_weights
 from isogrid.fitting import squared_norm
 from isogrid.formats import Budget, Dense
+from tests import models
 
 F64 = torch.float64
 SPECTRA = {"a": ((8, 8), 10, 1), "b": ((8, 16), 4, 2), "c": ((16, 8), 1, 0.5)}
@@ -117,6 +118,13 @@ def test_weights_are_the_rise_of_the_loss():
     assert weights["1"] == pytest.approx(0.5, rel=0.05)
     assert weights["0"] == pytest.approx(float(model[1].weight.detach().square().sum()) / 10, rel=0.05)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_single_logit_has_weights_too():
+    model, data = models.bert_scorer(), [models.padded_batch(seed) for seed in range(4)]
+    weights = loss_weights(model, select_layers(model), data)
+    assert len(set(weights.values())) == len(weights)
+    assert min(weights.values()) > 0
 
 
 def unequal():

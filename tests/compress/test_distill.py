@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from isogrid import IsogridError, LowRank, compress
-from isogrid.compress.distill import Distillation, distill, original_view
+from isogrid import IsogridError, LowRank, TokenDistillation, compress
+from isogrid.compress.distill import Distillation, distance, distill, original_view
 from tests import models
 
 QUICK = Distillation(steps=80, rate=0.01, patience=100)
@@ -47,6 +47,31 @@ def test_models_of_all_kinds(name):
     data = [architecture.batch(seed) for seed in range(48)]
     report = compress(model, LowRank(), keep=0.5, calibration=data, distill=QUICK)
     assert report.distilled.after < report.distilled.before
+
+
+def test_single_logits_are_compared_as_numbers():
+    """No softmax knows them: of one entry it is one, whatever the model says."""
+    student, teacher, batch = models.bert_scorer(1), models.bert_scorer(0), models.padded_batch(5)
+    found = student(**batch)
+    with torch.no_grad():
+        wanted = teacher(**batch)
+    expected = float((found.logits.detach() - wanted.logits).square().mean() / wanted.logits.square().mean())
+    assert expected > 0.01
+    losses = [one(found, wanted, batch) for one in (distance, TokenDistillation(tokens=0).loss)]
+    assert [loss.item() for loss in losses] == pytest.approx([expected, expected], rel=1e-5)
+    assert float(distance(wanted, wanted, batch)) == 0
+    losses[1].backward()
+    assert float(student.bert.encoder.layer[0].output.dense.weight.grad.norm()) > 0
+
+
+@pytest.mark.parametrize(
+    "settings", [Distillation(steps=20, rate=0.01), TokenDistillation(steps=20, rate=0.01, tokens=0)]
+)
+def test_single_logits_are_distilled(settings):
+    model, data = models.bert_scorer(), [models.padded_batch(seed) for seed in range(16)]
+    compress(model, LowRank(), keep=0.5, calibration=data)
+    done = distill(model, models.bert_scorer(), data, settings)
+    assert done.after < 0.9 * done.before
 
 
 def test_the_teacher_stays_as_it_was_and_shares_the_matrices():

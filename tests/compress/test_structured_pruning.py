@@ -545,6 +545,14 @@ def test_steady_times_fall_and_no_others_that_do_are_nearer(values):
         assert float(gap @ (other.values - torch.tensor(found, dtype=torch.float64))) <= 1e-9
 
 
+def test_images_are_judged_by_many():
+    """Not by as many as their rows of pixels make up the tokens."""
+    model = models.vit()
+    pictures = [torch.randn(1, 3, 224, 224).expand(8, -1, -1, -1)] * 40
+    judge = pruner_module.Judge(model, {}, pictures, pruner_module.JUDGED_TOKENS)
+    assert 64 <= sum(len(batch) for batch in judge._batches) < 320
+
+
 # Distillation.
 
 

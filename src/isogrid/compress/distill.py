@@ -20,6 +20,9 @@ from isogrid.compress.team import Team
 from isogrid.compress.tuning import Tuned, Tuning, first_tensor, row_loss, trainable, tune
 from isogrid.errors import IsogridError
 
+# What a picture counts for among tokens: its rows of pixels are many, its answer is one.
+PICTURE_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Distillation(Tuning):
@@ -149,25 +152,31 @@ def distill(
 
 def distance(found: Any, wanted: Any, batch: Any) -> Tensor:
     """Of two outputs of a model for one batch: mean divergence in nats a row of logits, else `row_loss`."""
-    logits, truth = getattr(found, "logits", None), getattr(wanted, "logits", None)
-    if isinstance(logits, Tensor) and isinstance(truth, Tensor):
-        ours = real_rows(logits, batch).log_softmax(-1, dtype=torch.float32)
-        theirs = real_rows(truth, batch).log_softmax(-1, dtype=torch.float32)
-        return nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    pair = [real_rows(_outputs(one), batch).to(torch.float32) for one in (found, wanted)]
-    return row_loss(pair[0], pair[1])
+    ours, theirs = (real_rows(_outputs(one), batch) for one in (found, wanted))
+    if _scored(found, wanted) and ours.shape[-1] > 1:
+        return _divergence(ours, theirs)
+    return row_loss(ours.to(torch.float32), theirs.to(torch.float32))  # also of single logits: no softmax knows them
 
 
 def _prediction_loss(found: Any, wanted: Any, batch: Any, temperature: float) -> Tensor:
     """Divergence at a temperature, times its square to keep the gradients' size (Hinton et al. 2015), or `row_loss`."""
-    logits, truth = getattr(found, "logits", None), getattr(wanted, "logits", None)
-    if isinstance(logits, Tensor) and isinstance(truth, Tensor):
-        ours, theirs = (
-            (real_rows(one, batch) / temperature).log_softmax(-1, dtype=torch.float32) for one in (logits, truth)
-        )
-        return temperature**2 * nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-    means = [_mean_rows(_outputs(one).to(torch.float32), batch) for one in (found, wanted)]
-    return row_loss(means[0], means[1])
+    if not _scored(found, wanted):
+        means = [_mean_rows(_outputs(one).to(torch.float32), batch) for one in (found, wanted)]
+        return row_loss(means[0], means[1])
+    if found.logits.shape[-1] == 1:
+        return distance(found, wanted, batch)
+    ours, theirs = (real_rows(one.logits, batch) / temperature for one in (found, wanted))
+    return temperature**2 * _divergence(ours, theirs)
+
+
+def _divergence(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Mean over rows of logits of the divergence from the distributions of theirs."""
+    pair = [one.log_softmax(-1, dtype=torch.float32) for one in (ours, theirs)]
+    return nn.functional.kl_div(pair[0], pair[1], reduction="batchmean", log_target=True)
+
+
+def _scored(*outputs: Any) -> bool:
+    return all(isinstance(getattr(one, "logits", None), Tensor) for one in outputs)
 
 
 def _mean_rows(output: Tensor, batch: Any) -> Tensor:
@@ -180,15 +189,19 @@ def _mean_rows(output: Tensor, batch: Any) -> Tensor:
 
 
 def _outputs(output: Any) -> Tensor:
+    if _scored(output):
+        return torch.as_tensor(output.logits)
     if isinstance(output, Mapping):
         output = next((value for value in output.values() if isinstance(value, Tensor)), None)
     return first_tensor(output)
 
 
 def rows_of(batch: Any) -> int:
-    """Rows of a batch: tokens of its first tensor of integers, or rows of features."""
+    """Rows of a batch: tokens of its first tensor of integers, or rows of features; `PICTURE_ROWS` of a picture."""
     tensors = [batch] if isinstance(batch, Tensor) else list(batch.values() if isinstance(batch, Mapping) else batch)
     first = next((value for value in tensors if isinstance(value, Tensor)), None)
     if first is None:
         return 1
-    return first.numel() if not first.is_floating_point() else first.shape[:-1].numel()
+    if not first.is_floating_point():
+        return first.numel()
+    return PICTURE_ROWS * first.shape[0] if first.ndim >= 4 else first.shape[:-1].numel()

@@ -19,8 +19,8 @@ def loss_weights(
     """``E ||g||² / (2 m)`` of each layer, g the gradient of the loss with respect to its m outputs, a row at a time.
 
     For small errors that are alike in all directions, ``weight · E ||error||²`` is the expected rise of the loss
-    (fitting theory 5.1). The loss: cross entropy of labels drawn from the model's own logits, or, where a model has no
-    logits, its outputs times standard normal numbers, whose gradients see changes of all outputs alike.
+    (fitting theory 5.1). The loss: cross entropy of labels drawn from the model's own logits, or, where a model has
+    none or a single one, its outputs times standard normal numbers, whose gradients see changes of all outputs alike.
 
     Args:
         model: it runs in eval mode and is left in the mode it was in; no parameter's gradient is touched.
@@ -89,13 +89,15 @@ def module_outputs(module: nn.Module) -> int:
 def _sampled_loss(output: Any, source: torch.Generator) -> Tensor:
     """Summed over rows, so that one row's gradient is its own."""
     logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
+    if isinstance(logits, Tensor) and logits.shape[-1] > 1:
         flat = logits.reshape(-1, logits.shape[-1]).to(torch.float32)
         with torch.no_grad():
             uniform = torch.rand(flat.shape[0], 1, generator=source).to(flat.device)
             labels = (flat.softmax(-1).cumsum(-1) < uniform).sum(-1).clamp(max=flat.shape[-1] - 1)
         return nn.functional.cross_entropy(flat, labels, reduction="sum")
-    if isinstance(output, Mapping):
+    if isinstance(logits, Tensor):  # a single logit is an output like any other: labels of one class tell nothing
+        output = logits
+    elif isinstance(output, Mapping):
         output = next((value for value in output.values() if isinstance(value, Tensor)), None)
     elif isinstance(output, tuple | list):
         output = output[0]

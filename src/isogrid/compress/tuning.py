@@ -223,9 +223,12 @@ def row_loss(found: Tensor, wanted: Tensor) -> Tensor:
     """Mean over rows of the squared difference, relative to the square of the row that is wanted.
 
     Norms follow a block's output, so each row's relative error is what counts. Tokens with massive activations, whose
-    squares are a thousand times the others', would otherwise be all that is trained on.
+    squares are a thousand times the others', would otherwise be all that is trained on. Rows of a single number, which
+    may be near zero by chance, are relative to the mean square of all.
     """
     size = wanted.square().mean(-1)
+    if wanted.shape[-1] == 1:
+        size = size.mean()
     return ((found - wanted).square().mean(-1) / size.clamp_min(1e-12)).mean()
 
 
