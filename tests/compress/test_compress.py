@@ -517,6 +517,15 @@ def test_layers_that_no_batch_reaches_get_plain_fits_and_a_warning():
     assert torch.equal(model.blocks[1].up.dense(), plain.blocks[1].up.dense())
 
 
+@pytest.mark.parametrize("codes", ["quantized(bits=3, group=4)", "trit_planes(planes=3)"])
+def test_a_budget_leaves_codes_as_they_are(codes):
+    model = models.blocks()
+    compress(model, f"stored(inner=low_rank, codes={codes})", budget=Budget(bytes=5000))
+    for layer in structured_layers(model).values():
+        assert layer.format.codes == as_format(codes)
+        assert layer.format.inner.rank
+
+
 # ---- failures leave the model as it was ---------------------------------------------------------------------------
 
 
@@ -551,6 +560,20 @@ FAILURES = {
     "keep one": (models.blocks, {"keep": 1.0}, IsogridError, "between 0 and 1, got 1.0"),
     "keep 50": (models.blocks, {"keep": 50}, IsogridError, "between 0 and 1, got 50"),
     "keep NaN": (models.blocks, {"keep": float("nan")}, IsogridError, "between 0 and 1, got nan"),
+    "a rank and a budget": (models.blocks, {"format": "low_rank(rank=3)"}, IsogridError, "keep chooses the rank"),
+    "a density and a budget": (
+        models.blocks,
+        {"format": "permuted(inner=sparse(density=0.25))"},
+        IsogridError,
+        r"keep chooses the density; leave density=0\.25 out",
+    ),
+    "blocks and a budget": (models.blocks, {"format": "block_diagonal(blocks=8)"}, IsogridError, "chooses the blocks"),
+    "a rank in codes and a budget": (
+        models.blocks,
+        {"format": "stored(inner=low_rank(rank=3))"},
+        IsogridError,
+        "keep chooses the rank",
+    ),
     "unknown format": (models.blocks, {"format": "monrach"}, IsogridError, "did you mean 'monarch'"),
     "unknown option": (models.blocks, {"format": "monarch(block=2)"}, IsogridError, "has no 'block'.*blocks"),
     "unknown pattern": (models.blocks, {"select": "dwon"}, IsogridError, "'dwon'.*did you mean 'down'"),

@@ -76,6 +76,14 @@ def test_each_method_keeps_to_the_bytes_and_the_dense_model_stays(tmp_path, monk
     assert [row["seconds"] for row in again["rows"]] == [row["seconds"] for row in result["rows"][:2]]
 
 
+@pytest.mark.parametrize("spelled", ["sparse(density=0.25)", "permuted(inner=sparse(density=0.25))"])
+def test_a_given_density_is_kept(tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(tmp_path)
+    result, _ = run(tmp_path, [spelled], keep=0.9)
+    layers = comparison.select_layers(models.llama()).values()
+    assert result["rows"][0]["parameters"] == sum(layer.weight.numel() // 4 for layer in layers)
+
+
 def test_a_stack_of_steps_from_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "stack.json"

@@ -213,10 +213,10 @@ def check_keep(keep: float) -> None:
 
 def refuse_explicit_sizes(fmt: Format) -> None:
     """A size that keep would override is a contradiction, and a label that names it would be untrue."""
+    chosen = fmt.size_field or fmt.open_field
     for field in dataclasses.fields(fmt):
         value = getattr(fmt, field.name)
-        if field.name == fmt.size_field and value != field.default:
+        if field.name == chosen and value != field.default:
             raise IsogridError(f"{fmt.label()}: keep chooses the {field.name}; leave {field.name}={value} out")
-        for part in value if isinstance(value, tuple) else (value,):
-            if isinstance(part, Format):
-                refuse_explicit_sizes(part)
+    for part in fmt.sized_parts():
+        refuse_explicit_sizes(part)

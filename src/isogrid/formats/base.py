@@ -18,6 +18,7 @@ from isogrid.formats.budget import Budget, Cost
 from isogrid.formats.checks import check_factors, check_options, check_target, require_solver, too_small
 from isogrid.formats.factors import Factor, Factors, new_factors
 from isogrid.formats.formulations import Formulation
+from isogrid.formats.labels import as_json, spoken
 from isogrid.formats.start import Component, gaussian_start, orthonormal_start
 from isogrid.formats.traits import Traits
 
@@ -35,6 +36,8 @@ class Format(ABC):
     traits: ClassVar[Traits] = Traits()
     size_field: ClassVar[str | None] = None
     """The integer hyper-parameter that a budget moves; larger costs more."""
+    open_field: ClassVar[str | None] = None
+    """What a budget chooses where it is no such integer."""
     chain: ClassVar[tuple[str, ...]] = ()
     """Factors whose product is the matrix, the one applied first named first; () where it is more than a product."""
 
@@ -349,6 +352,12 @@ class Format(ABC):
                 high = middle - 1
         return self.with_size(low)
 
+    def sized_parts(self) -> tuple[Format, ...]:
+        """The formats within this one whose sizes `sized` chooses. Default: all there are."""
+        values = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+        return tuple(part for part in parts if isinstance(part, Format))
+
     def candidates(self, out_features: int, in_features: int, budget: Budget) -> Iterable[Self]:
         """What an automatic choice may try within a budget. Default: the one `sized` member, if there is one."""
         try:
@@ -360,7 +369,7 @@ class Format(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able description, read back by `spelling.format_from_dict`."""
-        return {"name": self.name} | {f.name: _to_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"name": self.name} | {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     def label(self) -> str:
         """Short name for tables, read back by `spelling.as_format`: ``monarch(blocks=4, rank=36)``.
@@ -372,7 +381,7 @@ class Format(ABC):
             value = getattr(self, f.name)
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if value != default or type(value) in (int, float):
-                parts.append(f"{f.name}={_label(value)}")
+                parts.append(f"{f.name}={spoken(value)}")
         return f"{self.name}({', '.join(parts)})" if parts else self.name
 
     def with_size(self, size: int) -> Self:
@@ -383,19 +392,3 @@ class Format(ABC):
 
 
 REGISTRY: dict[str, type[Format]] = {}
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, Format):
-        return value.to_dict()
-    if isinstance(value, tuple | list):
-        return [_to_json(item) for item in value]
-    return value
-
-
-def _label(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_label(item) for item in value) + "]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value.label() if isinstance(value, Format) else str(value)

@@ -38,6 +38,7 @@ class BlockDiagonal(Format):
     shuffle: bool = False
 
     name: ClassVar[str] = "block_diagonal"
+    open_field: ClassVar[str] = "blocks"
     traits: ClassVar[Traits] = Traits(
         exact_on_members=True, optimal=True, optimal_under_metric=True, linear_in_factors=True
     )

@@ -131,6 +131,7 @@ class Sparse(Masked):
     density: float | None = None
 
     name: ClassVar[str] = "sparse"
+    open_field: ClassVar[str] = "density"
     traits: ClassVar[Traits] = Traits(
         exact_on_members=True, optimal=True, monotone_in_budget=True, linear_in_factors=True
     )

@@ -222,6 +222,10 @@ class Stored(Format):
             raise self._too_small(out_features, in_features, budget)
         return best
 
+    def sized_parts(self) -> tuple[Format, ...]:
+        """The inner format: codes are as they are asked for."""
+        return (self.inner,)
+
     def _too_small(self, out_features: int, in_features: int, budget: Budget) -> BudgetError:
         """What to say where not even the smallest member fits."""
         inner = self.inner if self.inner.size_field is None else self.inner.with_size(1)

@@ -293,9 +293,10 @@ def _fixed(spelled: str, fmt: Format) -> bool:
     inner = getattr(fmt, "inner", None)
     if isinstance(inner, Format):  # what wraps a format has its size
         return _fixed(spelled, inner)
-    if fmt.size_field is None:
+    chosen = fmt.size_field or fmt.open_field
+    if chosen is None:
         return type(fmt).sized is Format.sized
-    return re.search(rf"\b{fmt.size_field}\s*=", spelled) is not None
+    return re.search(rf"\b{chosen}\s*=", spelled) is not None
 
 
 def _stored(model: nn.Module, names: Mapping[str, nn.Module]) -> int:
