@@ -23,6 +23,7 @@ from isogrid.evaluation import Timing
 from isogrid.fitting import removal_cost
 from isogrid.linear import find_coupled, linear_matrix
 from tests import models
+from tests.linear.test_shrink import qwen3
 
 BATCHES = {"llama": models.token_batch, "llama_tied": models.token_batch, "bert": models.padded_batch,
            "gpt2": models.token_batch, "vit": models.image_batch}  # fmt: skip
@@ -620,6 +621,25 @@ def test_a_module_that_is_gone_leaves_the_optimizer_of_a_gradual_run():
     reports = [report for _, report in family]
     assert [report.speedup for report in reports] == asked
     assert any(one.kept == 0 for one in reports[-1].modules)
+
+
+def test_norms_of_an_attention_that_is_gone_leave_the_optimizer_too():
+    model = qwen3()
+    table = made_up(model)
+    # Whole attentions are what the last step has to take.
+    saved = {name: dict(of) for name, of in table.saved.items()}
+    for name, of in saved.items():
+        if name.endswith("mlp"):
+            saved[name] = dict.fromkeys(of, 0.0)
+    attention = sum(max(of.values()) for of in saved.values())
+    asked = [1.2, 0.999 * 12 / (12 - attention)]
+    family = prune_family(
+        model, data("llama"), speedups=asked, gradual=True, train=BRIEF, in_place=True, times=SavedTimes(12.0, saved),
+        allocate="errors", repeats=1,
+    )  # fmt: skip
+    kept = [{one.name: one.kept for one in report.modules} for _, report in family]
+    gone = {name for name in kept[0] if name.endswith("self_attn") and kept[0][name] > kept[-1].get(name, 0) == 0}
+    assert gone
 
 
 def test_answers_of_a_judge_that_are_not_finite_keep_the_budget(monkeypatch):

@@ -139,6 +139,18 @@ def test_no_heads_left_is_no_attention():
     assert list(find_coupled(model)) == ["model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.1.mlp"]
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama", "bert", "gpt2"])
+@pytest.mark.parametrize("kept", [range(0), range(1)])
+def test_cuts_name_every_parameter_that_is_gone(name, kept):
+    """Norms over heads go with the last head, though none of their numbers belongs to one."""
+    model = BUILDS[name]()
+    before = {id(value): key for key, value in model.named_parameters()}
+    cuts = [cut for one in list(find_coupled(model).values()) for cut in shrink(model, one, kept)]
+    after = {id(value): value for value in model.parameters()}
+    assert sorted(before[id(cut.old)] for cut in cuts) == sorted(before[key] for key in before.keys() - after.keys())
+    assert all(cut.new is None or cut.new is after[id(cut.new)] for cut in cuts)
+
+
 def broken(change):
     model = models.llama()
     change(model.model.layers[0])

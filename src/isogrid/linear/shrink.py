@@ -79,7 +79,8 @@ def shrink(
         bias: of the writer; None: its own. A writer without one gains one.
 
     Returns:
-        The parameters that were cut. Nothing has changed where an error is raised.
+        The parameters that were cut, and those that are gone with the last head. Nothing has changed where an error is
+        raised.
 
     Raises:
         IsogridError: indices that are no ascending structures, or a weight of another size.
@@ -106,8 +107,10 @@ def shrink(
         model.set_submodule(one.holder, NoAttention(holder, (name, writer) if inside else None))
         if not inside:
             model.set_submodule(one.writer, writer)
-        alive = {id(value) for value in writer.parameters()}
-        return [cut if id(cut.new) in alive else replace(cut, new=None) for cut in cuts]
+        alive, known = {id(value) for value in model.parameters()}, {id(cut.old) for cut in cuts}
+        others = [value for value in holder.parameters() if id(value) not in alive | known]  # norms over heads
+        gone = [Cut(value, None, 0, torch.zeros(0, dtype=torch.int64)) for value in others]
+        return [cut if id(cut.new) in alive else replace(cut, new=None) for cut in cuts] + gone
     for name, layer in layers:
         model.set_submodule(name, layer)
     for key, amount in one.counts.items():
