@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests import models
 
 def _of(cls, config, **sizes):
     common = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return models.shake(cls(config(**common, vocab_size=models.VOCABULARY, **sizes)), 0).eval()
+    return models.shake(cls(config(**(common | sizes), vocab_size=models.VOCABULARY)), 0).eval()
 
 
 def qwen3():
@@ -182,6 +183,32 @@ def _mixed(layer):
     layer.mlp.gate_proj = nn.Linear(32, 40)
 
 
+def gpt_bigcode(**sizes):
+    """Queries, keys and values in one nn.Linear, interleaved by head."""
+    return _of(transformers.GPTBigCodeForCausalLM, transformers.GPTBigCodeConfig, n_inner=40, n_positions=32, **sizes)
+
+
+def bitnet():
+    return _of(transformers.BitNetForCausalLM, transformers.BitNetConfig, num_key_value_heads=2)
+
+
+def gemma3n(sparsity=0.0):
+    """Two of four layers take their keys and values from others."""
+    return _of(
+        transformers.Gemma3nForCausalLM,
+        transformers.Gemma3nTextConfig,
+        num_hidden_layers=4,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        head_dim=8,
+        vocab_size_per_layer_input=models.VOCABULARY,
+        hidden_size_per_layer_input=4,
+        laurel_rank=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[sparsity] * 4,
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -198,6 +225,33 @@ def _mixed(layer):
 def test_unknown_and_odd_models(model, message):
     with pytest.raises(IsogridError, match=message):
         find_coupled(model())
+
+
+COMMON = r"self_attn' has its keys and values in common with other layers"
+REFUSED = {
+    "interleaved": (lambda: gpt_bigcode(multi_query=False), "attn", "how the queries, keys and values lie in the 72"),
+    "one key": (lambda: gpt_bigcode(multi_query=True), "attn", "how the queries, keys and values lie in the 36"),
+    "norm of channels": (bitnet, "mlp", r"a parameter 'ffn_sub_norm.weight' \(40,\) over its channels"),
+    "norm of heads": (bitnet, "self_attn", r"a parameter 'attn_sub_norm.weight' \(24,\) that heads may share"),
+    "keys of others": (gemma3n, "self_attn", COMMON),
+    "channels that stand out": (lambda: gemma3n(0.5), "mlp", "lets through what stands out among all its channels"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_modules_of_other_kinds_are_refused_and_those_beside_them_cut(case):
+    build, kind, message = REFUSED[case]
+    small, masked = build(), build()
+    found, refused = survey_coupled(small)
+    why = [one.why for name, one in refused.items() if name.rpartition(".")[2] == kind]
+    assert len(why) == small.config.num_hidden_layers
+    assert all(re.search(message, one) for one in why)
+    assert not any(name.endswith(f".{kind}") for name in found)
+    for one in found.values():
+        shrink(small, one, range(1, one.units, 2))
+        mask(masked, one, range(1, one.units, 2))
+    batch = models.token_batch()
+    torch.testing.assert_close(models.output(small, batch), models.output(masked, batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [_uneven, _no_whole_heads, _wrong_writer, _extra, _headless])

@@ -147,6 +147,11 @@ def survey_coupled(model: nn.Module) -> tuple[dict[str, Coupled], dict[str, Refu
 
 
 def _separate(name: str, module: nn.Module) -> Coupled | None:
+    if any(getattr(module, key, False) for key in ("store_full_length_kv", "is_kv_shared_layer")):
+        raise IsogridError(
+            f"attention {name!r} has its keys and values in common with other layers (num_kv_shared_layers); cut, its "
+            "heads would not be theirs any more: it can't be pruned"
+        )
     layers = _linear(name, module, "q_proj", "k_proj", "v_proj", "o_proj")
     return None if layers is None else _attention(name, module, layers, f"{name}.o_proj", name)
 
@@ -196,6 +201,11 @@ def _fused(name: str, module: nn.Module) -> Coupled | None:
     if layers is None:
         return None
     fused, writer = layers
+    if isinstance(layers[fused], nn.Linear):  # the Conv1Ds of GPT-2 and its kin have three equal parts
+        raise IsogridError(
+            f"attention {name!r}: how the queries, keys and values lie in the {linear_matrix(layers[fused]).shape[0]} "
+            f"outputs of {fused!r} is not known here (GPT-BigCode interleaves them by head); it can't be pruned"
+        )
     outputs, width = linear_matrix(layers[fused]).shape[0], linear_matrix(layers[writer]).shape[1]
     head = getattr(module, "head_dim", None)
     if not isinstance(head, int) or outputs != 3 * width or width % head:
@@ -244,6 +254,12 @@ def _feed_forward(name: str, module: nn.Module, layers: dict[str, nn.Module], ho
                 f"layer {layer!r} has {linear_matrix(layers[layer]).shape[0]} outputs, {writer!r} {units} inputs; "
                 "its channels can't be pruned"
             )
+    if getattr(module, "activation_sparsity", 0):
+        raise IsogridError(
+            f"feed-forward {name!r} lets through what stands out among all its channels (activation_sparsity); fewer "
+            "would be others: it can't be pruned"
+        )
+    _refuse_norms(name, module, units, linear_matrix(layers[writer]).shape[0])
     known = {"intermediate_size": 1} if isinstance(getattr(module, "intermediate_size", None), int) else {}
     producers = tuple(Producer(layer, 1) for layer in first)
     return Coupled(name, "feed_forward", units, 0, 1, producers, writer, holder, known)
@@ -271,6 +287,19 @@ def _refuse_extras(name: str, module: nn.Module, layers: Mapping[str, nn.Module]
             raise IsogridError(
                 f"attention {name!r} has a parameter {key!r} {tuple(value.shape)} that heads may share; "
                 "how it is cut is not known here"
+            )
+
+
+def _refuse_norms(name: str, module: nn.Module, units: int, outputs: int) -> None:
+    """Norms over all channels (BitNet, Kosmos-2) would have to be cut too, and would be others."""
+    if units == outputs:  # norms of the residual stream are as long
+        return
+    biases = {id(layer.bias) for layer in module.modules() if is_linear(layer)}
+    for key, value in module.named_parameters():
+        if tuple(value.shape) == (units,) and id(value) not in biases:
+            raise IsogridError(
+                f"feed-forward {name!r} has a parameter {key!r} {tuple(value.shape)} over its channels; how it is cut "
+                "is not known here"
             )
 
 
