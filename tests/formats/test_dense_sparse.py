@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid import DenseSparse, IsogridError, LowRank, Metric
 from isogrid.fitting import Pattern
@@ -219,6 +220,50 @@ def test_what_is_refused() -> None:
         DenseSparse(2).fit(gaussian(9, 6), rounds=-1)
 
 
-def test_orthonormal_starts() -> None:
-    start = singular_start(gaussian(4, 9), 7)
+@pytest.mark.parametrize("rank", [0, 2, 4])
+@pytest.mark.parametrize("rows", [4, 7, 30])
+def test_orthonormal_starts(rows: int, rank: int) -> None:
+    target = gaussian(rows, rank) @ gaussian(rank, 9, seed=1)
+    start = singular_start(target, 7)
     assert torch.allclose(start @ start.mT, torch.eye(7, dtype=F64), atol=1e-12)
+    assert torch.allclose(target @ start.mT @ start, target, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The numbers of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        made = found if isinstance(found, tuple | list) else (found,)
+        self.numbers = max([self.numbers, *(one.numel() for one in made if isinstance(one, Tensor))])
+        return found
+
+
+@pytest.mark.parametrize("shape", [(3000, 8), (3, 2000)])
+def test_memory_of_a_start_is_that_of_the_matrix(shape: tuple[int, int]) -> None:
+    target = gaussian(*shape)
+    with Largest() as largest:
+        singular_start(target, 4)
+    assert largest.numbers <= 4 * target.numel()
+
+
+@pytest.mark.parametrize("solver", ["procrustes", "omp"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_every_solver_goes_on_from_a_start(solver: str, blocks: int) -> None:
+    fmt, metric = DenseSparse(5, 2, blocks=blocks), ill_conditioned(16, condition=1e2)
+    target = gaussian(40, 16)
+    for used in (None, metric):
+        start = fmt.fit(target, used)
+        moved = target + 0.3 * gaussian(40, 16, seed=1)
+        before, fresh = fmt.dense(start, 40, 16), error_of(fmt, moved, used, solver=solver)
+        moment = torch.eye(16, dtype=F64) if used is None else used.matrix
+        reached = error_of(fmt, moved, used, solver=solver, start=start)
+        assert reached < relative_loss(moved, before, moment)
+        assert reached < 1.2 * fresh
+        # The start itself, where nothing is better.
+        own = error_of(fmt, target, used, solver=solver, start=start, alternations=0)
+        assert own <= relative_loss(target, before, moment) * (1 + 1e-9)

@@ -75,9 +75,9 @@ def unit_atoms(dictionary: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def singular_start(targets: Tensor, atoms: int) -> Tensor:
-    """``(atoms, b)`` orthonormal as far as they go: leading right singular vectors; more than b are rows."""
-    vectors = torch.linalg.svd(targets, full_matrices=True).Vh
-    return vectors[:atoms]
+    """``(atoms, b)`` orthonormal, at most b: leading right singular vectors."""
+    missing = max(atoms - len(targets), 0)  # rows of zeros: more vectors, and none of the left that aren't needed
+    return torch.linalg.svd(torch.nn.functional.pad(targets, (0, 0, 0, missing)), full_matrices=False).Vh[:atoms]
 
 
 def spread_start(targets: Tensor, atoms: int, generator: torch.Generator) -> Tensor:
@@ -97,7 +97,9 @@ def spread_start(targets: Tensor, atoms: int, generator: torch.Generator) -> Ten
     return drawn / drawn.norm(dim=1, keepdim=True)
 
 
-def procrustes(targets: Tensor, atoms: int, keep: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
+def procrustes(
+    targets: Tensor, atoms: int, keep: int, rounds: int, start: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormal atoms and the largest coefficients in turn; each is optimal given the other.
 
     Args:
@@ -105,19 +107,25 @@ def procrustes(targets: Tensor, atoms: int, keep: int, rounds: int) -> tuple[Ten
         atoms: at most b.
         keep: atoms of a row.
         rounds: of both steps.
+        start: ``(atoms, b)``, whose nearest orthonormal atoms are begun with; None: singular vectors.
 
     Returns:
         ``codes (rows, atoms)``, ``mask``, ``dictionary (atoms, b)``.
     """
-    dictionary = singular_start(targets, atoms)
+    dictionary = singular_start(targets, atoms) if start is None else _polar(start)
     for step in range(rounds + 1):
         met = targets @ dictionary.mT
         mask = largest_of_groups(met.abs(), keep, atoms)
         if step == rounds:
             break
-        u, _, vh = torch.linalg.svd((met * mask).mT @ targets, full_matrices=False)
-        dictionary = u @ vh
+        dictionary = _polar((met * mask).mT @ targets)
     return met * mask, mask, dictionary
+
+
+def _polar(matrix: Tensor) -> Tensor:
+    """The nearest matrix of orthonormal rows."""
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh
 
 
 def matching_pursuit(targets: Tensor, start: Tensor, keep: int, rounds: int) -> tuple[Tensor, Tensor, Tensor]:

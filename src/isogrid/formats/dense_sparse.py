@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isogrid.errors import IsogridError
-from isogrid.fitting import Metric, OnStep, Pattern
+from isogrid.fitting import Metric, OnStep, Pattern, squared_norm
 from isogrid.fitting.dictionaries import (
     fit_codes_and_atoms,
     matching_pursuit,
@@ -21,6 +21,7 @@ from isogrid.fitting.dictionaries import (
     unit_atoms,
 )
 from isogrid.fitting.metric import cholesky
+from isogrid.fitting.wrapped_core import times_blocks
 from isogrid.formats.base import Format
 from isogrid.formats.budget import Cost
 from isogrid.formats.checks import require_rank, require_solver
@@ -145,7 +146,8 @@ class DenseSparse(Format):
         Under a metric each block is fitted to its whitened columns, and the descent knows how blocks are coupled.
         Solvers: default, the better of those that are affordable, then the descent; "procrustes": orthonormal atoms and
         the largest coefficients (COMPOT); "omp": matching pursuit and least-squares atoms; "projection" ignores the
-        metric. Options: ``alternations`` (15), ``rounds`` (20, at most) and ``tolerance`` (1e-3) of the descent.
+        metric. The descent goes on from a start; the others begin at its atoms, and end with the start where it is
+        better. Options: ``alternations`` (15), ``rounds`` (20, at most) and ``tolerance`` (1e-3) of the descent.
         """
         require_solver(self, solver, ("default", "procrustes", "omp", "projection"))
         if alternations < 0 or rounds < 0:
@@ -162,6 +164,11 @@ class DenseSparse(Format):
             blocks = start["dictionary"]
             hidden = self.blocks * atoms
             begin = scattered(start["values"], start["mask"], hidden), unpack_mask(start["mask"], hidden), blocks
+            if solver in ("procrustes", "omp"):
+                again = self._block_by_block(target, used, solver, keep, alternations, generator, atoms_from=blocks)
+                begin = min(
+                    (again, begin), key=lambda one: squared_norm(target - times_blocks(one[0], one[2], n), used)
+                )
         codes, mask, dictionary = begin
         if solver in ("default", "projection"):
             width = self.blocks * dictionary.shape[2]
@@ -189,6 +196,7 @@ class DenseSparse(Format):
         keep: int,
         alternations: int,
         generator: torch.Generator,
+        atoms_from: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``codes``, ``mask`` and ``dictionary`` of each block alone, its columns whitened."""
         n = target.shape[1]
@@ -201,7 +209,10 @@ class DenseSparse(Format):
             columns = target[:, part]
             root = None if metric is None else cholesky(metric.matrix[part, part])
             white = columns if root is None else columns @ root
-            code, mask, found = self._alternated(white, solver, atoms, keep, alternations, generator)
+            begin = None if atoms_from is None else atoms_from[block, :, : part.stop - part.start]
+            if begin is not None and root is not None:
+                begin = begin @ root
+            code, mask, found = self._alternated(white, solver, atoms, keep, alternations, generator, begin)
             if root is not None and part.stop > part.start:
                 found = torch.linalg.solve_triangular(root, found, upper=False, left=False)
             dictionary[block, :, : part.stop - part.start] = found
@@ -211,7 +222,13 @@ class DenseSparse(Format):
 
     @staticmethod
     def _alternated(
-        white: Tensor, solver: str, atoms: int, keep: int, alternations: int, generator: torch.Generator
+        white: Tensor,
+        solver: str,
+        atoms: int,
+        keep: int,
+        alternations: int,
+        generator: torch.Generator,
+        begin: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, side = white.shape
         if not side:
@@ -220,12 +237,15 @@ class DenseSparse(Format):
             return white.new_zeros(rows, atoms), mask, white.new_zeros(atoms, 0)
         found = []
         if atoms <= side and solver != "omp":
-            found.append(procrustes(white, atoms, keep, alternations))
+            found.append(procrustes(white, atoms, keep, alternations, begin))
         affordable = rows * atoms * keep**2 <= PURSUIT_WORK
         if solver != "procrustes" and (affordable or not found or solver == "omp"):
-            starts = [spread_start(white, atoms, generator)]
-            if atoms <= side:
-                starts.append(singular_start(white, atoms))
+            if begin is not None:
+                starts = [unit_atoms(begin, begin.new_zeros(0, atoms))[0]]
+            else:
+                starts = [spread_start(white, atoms, generator)]
+                if atoms <= side:
+                    starts.append(singular_start(white, atoms))
             found += [matching_pursuit(white, start, keep, alternations) for start in starts]
         if not found:
             raise IsogridError(
