@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from isogrid import IsogridError, LowRank, LowRankLight, compress, select_layers
+from isogrid.compress import tuning
 from isogrid.compress.blockwise import enclosing_blocks
 from isogrid.compress.layerwise import Seen
 from isogrid.compress.lockstep import Halt
@@ -141,6 +142,33 @@ def test_same_seed_same_result():
 
     one, two = refined(), refined()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize("slower", [1.0, 4.0])
+@pytest.mark.parametrize("look_every", [1, 2, 25])
+def test_looks_take_of_the_time_too(monkeypatch, look_every, slower):
+    """By a clock that only steps and looks move, and steps that may become slower than those that were timed."""
+    now, steps = 0.0, 0
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: now)
+    value = torch.nn.Parameter(torch.ones(3))
+
+    def loss(_):
+        nonlocal now, steps
+        steps += 1
+        now += 1.0 if steps <= 10 else slower
+        return value.square().sum()
+
+    def measure(_):
+        nonlocal now
+        now += 5.0
+        return float(value.detach().square().sum())
+
+    settings = tuning.Tuning(steps=10**6, rows=1, look_every=look_every, patience=10**6)
+    found = tuning.tune([value], range(8), loss, measure, settings, rows=lambda _: 1, seconds=100.0)
+    assert found.seconds == now
+    assert 80 <= now <= 100 + slower - 1  # the one step that turns out slower
+    assert found.steps == steps
+    assert found.after < found.before
 
 
 def test_minutes_limit_the_steps():

@@ -33,7 +33,7 @@ class Tuning:
     """How a short training goes.
 
     Attributes:
-        minutes: all of it together; None: all steps are taken.
+        minutes: all of it together, looks and all; None: all steps are taken.
         steps: of AdamW, at most.
         rate: learning rate at its peak, relative to the root mean square of each tensor's entries (fitting theory 6).
         rows: tokens of a step; whole windows, one at least.
@@ -113,7 +113,7 @@ def tune(
         settings: see `Tuning`.
         rows: tokens of an example.
         seed: of the split and the order.
-        seconds: time from ``begun`` on; None: no limit.
+        seconds: time from ``begun`` on, kept but for `TIMED_STEPS` steps that are always taken; None: no limit.
         begun: a ``time.perf_counter()``; None: now.
         optimizer: one that `new_optimizer` made for these parameters, its state carried on; None: a new one.
         on_look: called with (step, measure).
@@ -123,7 +123,9 @@ def tune(
     begun = time.perf_counter() if begun is None else begun
     order = random.Random(seed)
     trained, held = split(examples, settings.held_out, order)
+    looked = time.perf_counter()
     before = best = measure(held)
+    look = time.perf_counter() - looked
     state = [value.detach().clone() for value in parameters]
     optimizer = optimizer or new_optimizer(parameters, settings.rate)
     rates = {id(group["params"][0]): group["lr"] for group in _groups(parameters, settings.rate)}
@@ -131,11 +133,17 @@ def tune(
     per_step = max(1, round(settings.rows / max(rows(trained[0]), 1)), team.size)
     source = _endless(trained, order)
     steps, step, kept, waited, marked = settings.steps, 0, 0, 0, before
-    timed = time.perf_counter()
+    timed, each = time.perf_counter(), 0.0
+
+    def too_late() -> bool:
+        """Whether a further step leaves no time for a look: steps may become slower than those that were timed."""
+        return seconds is not None and time.perf_counter() - begun + each + look > seconds
+
     while step < steps:
         if step == TIMED_STEPS and seconds is not None:
-            each = (time.perf_counter() - timed) / TIMED_STEPS
-            affordable = max(int((seconds - (timed - begun)) / max(each, 1e-9)), TIMED_STEPS)
+            each = max((time.perf_counter() - timed) / TIMED_STEPS - look * (step // settings.look_every) / step, 1e-9)
+            left = seconds - (timed - begun) - look  # the last look, wherever it falls
+            affordable = max(int(left / (each + look / settings.look_every)), TIMED_STEPS)
             steps = min(steps, team.first(partial(int, affordable)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * _schedule(step, steps)
@@ -146,7 +154,8 @@ def tune(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
-        if step % settings.look_every and step != steps:
+        late = seconds is not None and step >= TIMED_STEPS and team.first(too_late)
+        if step % settings.look_every and step != steps and not late:
             continue
         now = measure(held)
         if on_look is not None:
@@ -157,7 +166,7 @@ def tune(
                 good.copy_(value.detach())
         waited = 0 if now < marked * (1 - settings.least_gain) else waited + 1
         marked = min(marked, now) if waited == 0 else marked
-        if waited >= settings.patience or not math.isfinite(now):
+        if late or waited >= settings.patience or not math.isfinite(now):
             break
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
