@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid import (
     Armor,
@@ -262,3 +263,17 @@ def metrics(n: int) -> Iterator[Metric | None]:
     """None, and an ill-conditioned metric."""
     yield None
     yield ill_conditioned(n, seed=5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The numbers of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = func(*args, **(kwargs or {}))
+        made = found if isinstance(found, tuple | list) else (found,)
+        self.numbers = max([self.numbers, *(one.numel() for one in made if isinstance(one, Tensor))])
+        return found

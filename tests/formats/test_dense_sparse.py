@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from isogrid import DenseSparse, IsogridError, LowRank, Metric
 from isogrid.fitting import Pattern
@@ -20,7 +19,7 @@ from isogrid.fitting.dictionaries import (
     spread_start,
 )
 from isogrid.kernels import unpack_mask
-from tests.formats.cases import gaussian, generator, ill_conditioned
+from tests.formats.cases import LargestTensor, gaussian, generator, ill_conditioned
 from tests.formats.pruning_problems import F64, relative_loss
 
 
@@ -229,24 +228,10 @@ def test_orthonormal_starts(rows: int, rank: int) -> None:
     assert torch.allclose(target @ start.mT @ start, target, atol=1e-12)
 
 
-class Largest(TorchDispatchMode):
-    """The numbers of the largest tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        found = func(*args, **(kwargs or {}))
-        made = found if isinstance(found, tuple | list) else (found,)
-        self.numbers = max([self.numbers, *(one.numel() for one in made if isinstance(one, Tensor))])
-        return found
-
-
 @pytest.mark.parametrize("shape", [(3000, 8), (3, 2000)])
 def test_memory_of_a_start_is_that_of_the_matrix(shape: tuple[int, int]) -> None:
     target = gaussian(*shape)
-    with Largest() as largest:
+    with LargestTensor() as largest:
         singular_start(target, 4)
     assert largest.numbers <= 4 * target.numel()
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from isogrid import StructuredLinear, TritPlanes
 from isogrid.kernels import PACKINGS, native, pack_trits, row_bytes, trit_matrix, trit_product, unpack_trits
+from tests.formats.cases import LargestTensor, gaussian
 from tests.kernels.test_native import BOUNDS
 
 needs_native = pytest.mark.skipif(not native.loaded(), reason="no native products on this machine")
@@ -162,3 +163,17 @@ def test_large_matrices_are_written_out_in_pieces(monkeypatch):
     whole = layer(x)
     monkeypatch.setattr(module, "WRITTEN_AT_ONCE", 200)
     torch.testing.assert_close(layer(x), whole)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_group_larger_than_a_row_takes_no_room(packing, monkeypatch):
+    monkeypatch.setattr(native, "takes", lambda *_: False)
+    target, large = gaussian(8, 64), TritPlanes(group=2**16, packing=packing)
+    whole = TritPlanes(group=64, packing=packing)
+    factors = large.fit(target)
+    with LargestTensor() as largest:
+        found = large.dense(factors, 8, 64)
+        product = large.multiply(factors, target, 8)
+    assert torch.equal(found, whole.dense(whole.fit(target), 8, 64))
+    torch.testing.assert_close(product, target @ found.mT)
+    assert largest.numbers <= 4 * target.numel()

@@ -105,6 +105,7 @@ def trit_matrix(codes: Tensor, scales: Tensor, columns: int, group: int, packing
         found: Tensor = torch.ops.isogrid.trit_matrix(codes, scales, columns, group, packing == "base_three")
         return found
     trits = unpack_trits(codes, columns, scales.shape[-1], packing)
+    group = min(group, max(columns, 1))  # filled up to a group, but no further than a row
     width = scales.shape[1] * group
     if width != columns:
         trits = torch.nn.functional.pad(trits, (0, 0, 0, width - columns))
