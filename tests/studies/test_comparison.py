@@ -10,10 +10,12 @@ import torch
 from isogrid.compress.structured_pruning import SavedTimes
 from isogrid.compress.structured_pruning.pruner import levels_of
 from isogrid.errors import IsogridError
+from isogrid.formats import Quantized, Stored
 from isogrid.linear import find_coupled
 from isogrid.report import read_json
 from isogrid.studies import comparison
-from isogrid.studies.comparison import as_method, pruned_to, run_comparison
+from isogrid.studies.comparison import run_comparison
+from isogrid.studies.stacks import as_method, pruned_to
 from isogrid.studies.subjects import figure_of
 from tests import models
 
@@ -131,6 +133,47 @@ def test_pruning_alone_and_under_formats(tmp_path, monkeypatch):
             run(tmp_path, [str(stack)], **(options | other))
 
 
+def test_formats_one_after_the_other_each_for_its_layers(tmp_path, monkeypatch):
+    """A share is one of the matrices that the step is for."""
+    monkeypatch.chdir(tmp_path)
+    stack = tmp_path / "stack.json"
+    attention = {"format": "sparse", "keep": 0.3, "select": ["*attn*"]}
+    rest = {"format": "sparse", "keep": 0.6}
+    described = {"label": "halves", "steps": [attention, rest]}
+    stack.write_text(json.dumps(described))
+    (row,) = run(tmp_path, [str(stack)], calibration=models.tokens(16, 16, seed=0))[0]["rows"]
+    sizes = {name: layer.weight.numel() for name, layer in comparison.select_layers(models.llama()).items()}
+    whole = {kind: sum(of for name, of in sizes.items() if kind in name) for kind in ("attn", "mlp")}
+    limit = 0.3 * whole["attn"] + 0.6 * whole["mlp"]
+    assert 0.99 * limit < row["parameters"] <= limit
+    described["steps"] = [attention, rest, rest]  # nothing is left for a third
+    stack.write_text(json.dumps(described | {"label": "thirds"}))
+    with pytest.raises(IsogridError, match=r"thirds, step 3: .* structured already"):
+        run(tmp_path, [str(stack)])
+
+
+def test_pruning_low_rank_and_eight_bits_in_one_stack(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = next((Path(__file__).parents[2] / "docs" / "stacks").glob("*_eight_bits.json"))
+    monkeypatch.setattr(comparison, "prune", partial(comparison.prune, times=made_up(models.llama()), trials=2))
+    seen = []
+    compress = comparison.compress
+
+    def watched(model, *args, **options):
+        report = compress(model, *args, **options)
+        seen.append(comparison.structured_layers(model))
+        return report
+
+    monkeypatch.setattr(comparison, "compress", watched)
+    (row,) = run(tmp_path, [str(file)], calibration=models.tokens(16, 16, seed=0))[0]["rows"]
+    after, last = ({name: layer.format for name, layer in one.items()} for one in seen)
+    assert all("attn" in name for name in after)
+    assert all(isinstance(fmt, Stored) and fmt.codes == Quantized(bits=8) for fmt in after.values())
+    assert {fmt for name, fmt in last.items() if "mlp" in name} == {Quantized(bits=8)}
+    assert after.items() <= last.items()
+    assert row["achieved_keep"] < 0.4
+
+
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[2] / "docs" / "stacks").glob("*.json")), ids=str)
 def test_the_stacks_of_the_documents_can_be_read(file):
     method = as_method(str(file))
@@ -147,12 +190,32 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
         ({"steps": []}, "list of formats"),
         ({"steps": [{"form": "low_rank"}]}, "step 0"),
         ({"steps": [{"format": "low_rank", "speedup": 2}]}, "step 0 is .* or speedup, and maybe allocate"),
-        ({"steps": [{"speedup": "fast"}]}, "a speedup is a number above 1, got 'fast'"),
+        ({"steps": [{"speedup": "fast"}]}, "step 0: speedup is a number above 1, got 'fast'"),
+        ({"steps": [{"speedup": 1}]}, "speedup is a number above 1, got 1"),
+        ({"steps": [{"speedup": 2, "trials": 1.5}]}, "trials is a whole number, got 1.5"),
+        ({"steps": [{"speedup": 2, "bias": "no"}]}, "bias is true or false, got 'no'"),
+        ({"steps": [{"speedup": 2, "criterion": "luck"}]}, "criterion is one of .*, got 'luck'"),
+        ({"steps": [{"speedup": 2, "allocate": "global"}]}, "allocate is one of search, .*, got 'global'"),
+        ({"steps": [{"format": 7}]}, "format is a word, got 7"),
+        ({"steps": [{"format": "low_rank", "keep": "0.4"}]}, r"keep is a fraction in \(0, 1\), got '0.4'"),
+        ({"steps": [{"format": "low_rank", "keep": True}]}, "keep is a fraction"),
+        ({"steps": [{"format": "low_rank", "bytes": 1.5}]}, r"bytes is a fraction in \(0, 1\), got 1.5"),
+        ({"steps": [{"format": "low_rank", "keep": 0.4, "bytes": 0.4}]}, "keep=0.4 or bytes=0.4, not both"),
+        ({"steps": [{"format": "low_rank(rank=30)", "keep": 0.1}]}, "has its size already; leave keep=0.1 out"),
+        ({"steps": [{"format": "sparse(density=0.2)", "bytes": 0.1}]}, "has its size already; leave bytes=0.1 out"),
+        ({"steps": [{"format": "low_rank(rank=3) | monarch"}]}, "keep chooses the rank; leave rank=3 out"),
+        ({"steps": [{"format": "low_rank", "anchor": 2}]}, "anchor is a number between 0 and 1, got 2"),
+        ({"steps": [{"format": "low_rank", "refine": 0}]}, "refine is a positive number of minutes, got 0"),
+        ({"steps": [{"format": "low_rank", "select": ["*", 3]}]}, "select is a pattern of names, or a list"),
     )
     for described, said in cases:
         file.write_text(json.dumps(described))
         with pytest.raises(IsogridError, match=said):
             as_method(str(file))
+    file.write_text(json.dumps({"label": "ours", "steps": [{"format": "low_rank", "select": "*.attention.*"}]}))
+    with pytest.raises(IsogridError, match=r"ours, step 1: no linear layer matches '\*.attention.\*'"):
+        run(tmp_path, ["monarch", str(file)])
+    assert not (tmp_path / "runs").exists(), "said before any work"
     with pytest.raises(IsogridError, match="low_rank, step 1: "):
         run(tmp_path, ["low_rank"], keep=0.001)
     with pytest.raises(IsogridError, match="nothing was measured"):

@@ -45,7 +45,8 @@ def compare(
     """Compress copies of a model by several methods and measure them: size, time, quality, minutes, memory."""
     from isogrid.cli.source import open_model
     from isogrid.report import console_table
-    from isogrid.studies.comparison import pruned_to, run_comparison
+    from isogrid.studies.comparison import run_comparison
+    from isogrid.studies.stacks import pruned_to
     from isogrid.studies.subjects import Yardstick, calibration_data, timed_inputs
 
     if not 0 < keep < 1:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,85 +31,12 @@ from isogrid.compress.milliseconds import measured_together
 from isogrid.compress.structured_pruning import How, PruningReport, prune
 from isogrid.errors import IsogridError
 from isogrid.evaluation import forget_peak_memory, peak_memory_bytes
-from isogrid.formats import Budget, Format, as_format
+from isogrid.formats import Budget
 from isogrid.linear import linear_matrix
-from isogrid.report import format_keep, read_json, write_report
+from isogrid.report import format_keep, write_report
 from isogrid.studies.rows import Say, fingerprint, gap, heading, remembered
+from isogrid.studies.stacks import Method, Step, as_formats, as_method
 from isogrid.studies.subjects import Yardstick, figure_of
-
-FORMAT_KEYS = ("format", "keep", "bytes", "anchor", "allocate", "solver", "refine", "distill")
-SPEEDUP_KEYS = ("speedup", "allocate", "trials", "train", "select", "criterion", "bias")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a method: a format for the matrices as they then are, or structured pruning.
-
-    Attributes:
-        format: spelled, several joined by "|", or "auto". A size in it ("low_rank(rank=64)") is taken as it is; one
-            left open is chosen by the budget. Empty: the step prunes.
-        keep: fraction of the parameters of the matrices before the first step; None: of what the comparison asks for.
-        bytes: instead, a fraction of their bytes.
-        speedup: what the step prunes to, of a pass of the model as it was before this step.
-        options: of `compress`, or of `prune` and `How`.
-    """
-
-    format: str = ""
-    keep: float | None = None
-    bytes: float | None = None
-    speedup: float | None = None
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Method:
-    """Steps under one name."""
-
-    label: str
-    steps: tuple[Step, ...]
-
-
-def as_method(spelled: str) -> Method:
-    """A method from a format's spelling, or from a JSON file: ``{"label": …, "steps": [{"format": …, "keep": …}, …]}``.
-
-    A step of a file may prune instead, ``{"speedup": 1.25}``: before steps that write matrices in formats.
-
-    Raises:
-        IsogridError: neither; names what is amiss.
-    """
-    if not spelled.endswith(".json"):
-        _formats(spelled)  # what can't be spelled is said before any work
-        return Method(spelled, (Step(spelled),))
-    described = read_json(Path(spelled))
-    steps = described.get("steps")
-    if not isinstance(steps, list) or not steps:
-        raise IsogridError(f'{spelled}: a stack has "steps", a list of formats with their budgets, or of speedups')
-    found = []
-    for number, step in enumerate(steps):
-        if not isinstance(step, Mapping) or not any(
-            keys[0] in step and {*step} <= {*keys} for keys in (FORMAT_KEYS, SPEEDUP_KEYS)
-        ):
-            raise IsogridError(
-                f"{spelled}: step {number} is {step!r}; it has format, and maybe {', '.join(FORMAT_KEYS[1:])}; or "
-                f"speedup, and maybe {', '.join(SPEEDUP_KEYS[1:])}"
-            )
-        own = {key: step[key] for key in ("format", "keep", "bytes", "speedup") if key in step}
-        if "format" in own:
-            _formats(str(own["format"]))
-        elif not isinstance(own["speedup"], int | float):
-            raise IsogridError(f"{spelled}: step {number}: a speedup is a number above 1, got {own['speedup']!r}")
-        options = {key: value for key, value in step.items() if key not in own}
-        found.append(Step(**own, options=tuple(options.items())))
-    return Method(str(described.get("label", Path(spelled).stem)), tuple(found))
-
-
-def pruned_to(speedup: float) -> Method:
-    """Structured pruning alone, in one shot."""
-    return Method(f"Pruned to {speedup:g}×", (Step(speedup=speedup),))
-
-
-def _formats(spelled: str) -> list[Format] | str:
-    return spelled if spelled == "auto" else [as_format(one.strip()) for one in spelled.split("|")]
 
 
 def run_comparison(
@@ -139,7 +64,7 @@ def run_comparison(
         model: dense, in eval mode; left as it is.
         tokenizer: of it, or None.
         name: of the model.
-        methods: see `as_method`, `pruned_to`.
+        methods: see `stacks`.
         keep: fraction of the selected matrices' bytes, for formats whose size is open.
         in_bytes: False: of their parameters.
         calibration: see `compress`; None: plain fits.
@@ -159,6 +84,7 @@ def run_comparison(
         IsogridError: a method can't be read, or can't be applied: names it.
     """
     asked = [as_method(one) if isinstance(one, str) else one for one in methods]
+    _check(asked, model, calibration)
     yardstick = yardstick or Yardstick()
     dense_layers = select_layers(model)
     settings: dict[str, Any] = {
@@ -194,7 +120,7 @@ def run_comparison(
             try:
                 report: CompressionReport | PruningReport
                 if step.speedup is None:
-                    report = _apply(step, smaller, dense_layers, keep, in_bytes, calibration, tokenizer, seed)
+                    report = _apply(step, smaller, model, keep, in_bytes, calibration, tokenizer, seed)
                 else:
                     report = pruning = _prune(step, smaller, inputs, calibration, tokenizer, seed)
                     predicted *= pruning.predicted
@@ -250,20 +176,38 @@ def run_comparison(
     return result
 
 
+def _check(methods: Sequence[Method], model: nn.Module, calibration: Any) -> None:
+    """What can be known to fail before any work."""
+    for method in methods:
+        for number, step in enumerate(method.steps):
+            try:
+                if step.speedup is None:
+                    select_layers(model, **step.patterns)
+                elif calibration is None:
+                    raise IsogridError(
+                        "pruning to a speedup measures what structures are worth on data; give calibration"
+                    )
+            except IsogridError as error:
+                raise IsogridError(f"{method.label}, step {number + 1}: {error}") from error
+
+
 def _apply(
     step: Step,
     model: nn.Module,
-    dense: Mapping[str, nn.Module],
+    original: nn.Module,
     keep: float,
     in_bytes: bool,
     calibration: Any,
     tokenizer: Any,
     seed: int,
 ) -> CompressionReport:
-    layers = select_layers(model)
+    layers = select_layers(model, **step.patterns)
+    written = structured_layers(model)
+    dense = {name: one for name, one in select_layers(original, **step.patterns).items() if name not in written}
     options: dict[str, Any] = {"calibration": calibration, "tokenizer": tokenizer, "seed": seed, **dict(step.options)}
-    formats = _formats(step.format)
-    if not isinstance(formats, str) and len(formats) == 1 and _fixed(step.format, formats[0]):
+    formats = as_formats(step.format)
+    if step.fixed:
+        assert not isinstance(formats, str)
         return compress(model, Plan(dict.fromkeys(layers, formats[0]), tuple(formats)), **options)
     if step.keep is not None or (step.bytes is None and not in_bytes):
         share = keep if step.keep is None else step.keep
@@ -279,24 +223,12 @@ def _apply(
 
 
 def _prune(step: Step, model: nn.Module, inputs: Any, calibration: Any, tokenizer: Any, seed: int) -> PruningReport:
-    if calibration is None or step.speedup is None:
-        raise IsogridError("pruning to a speedup measures what structures are worth on data; give calibration")
+    assert step.speedup is not None
     options = dict(step.options)
     how = How(**{key: options.pop(key) for key in ("criterion", "bias") if key in options})
     return prune(
         model, calibration, speedup=step.speedup, inputs=inputs, tokenizer=tokenizer, how=how, seed=seed, **options
     )
-
-
-def _fixed(spelled: str, fmt: Format) -> bool:
-    """Whether a format's size is given in its spelling, or it has none to choose."""
-    inner = getattr(fmt, "inner", None)
-    if isinstance(inner, Format):  # what wraps a format has its size
-        return _fixed(spelled, inner)
-    chosen = fmt.size_field or fmt.open_field
-    if chosen is None:
-        return type(fmt).sized is Format.sized
-    return re.search(rf"\b{chosen}\s*=", spelled) is not None
 
 
 def _stored(model: nn.Module, names: Mapping[str, nn.Module]) -> int:
