@@ -221,3 +221,33 @@ def test_bench_refuses_what_it_cannot_time(monkeypatch, capsys, tmp_path, option
     assert code != 0
     assert said in " ".join(printed.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_compare_by_bits_speaks_json(monkeypatch, capsys, tmp_path, model_folder):
+    from isogrid.studies.subjects import Yardstick
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Yardstick, "measure", lambda *_: {"metric": "perplexity", "perplexity": 7.0})
+    args = (
+        "--bits",
+        2,
+        "--bits",
+        4,
+        "--method",
+        "low_rank",
+        "--rows",
+        8,
+        "--quick",
+        "--out",
+        tmp_path / "out",
+        "--json",
+    )
+    code, printed, said = run(monkeypatch, capsys, "compare", model_folder, *args)
+    assert code == 0, said
+    rows = json.loads(printed)["rows"]
+    assert [row["label"] for row in rows] == ["low_rank", "quantized(bits=2)", "quantized(bits=4)"]
+    assert rows[1]["bytes"] < rows[2]["bytes"]
+    assert json.loads((tmp_path / "out" / "data.json").read_text())["rows"] == rows
+    code, _, said = run(monkeypatch, capsys, "compare", model_folder, "--bits", 9)
+    assert code != 0
+    assert "--bits" in said

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from isogrid.cli.console import command_line, console, notes, plain
-from isogrid.cli.options import Data, Model, Quick, Seed
+from isogrid.cli.options import Data, Json, Model, Quick, Seed
 from isogrid.errors import IsogridError
 
-# Where neither methods nor speedups are asked for.
+# Where neither methods nor speedups nor bits are asked for.
 DEFAULT = ("low_rank", "low_rank_light", "blast", "monarch")
 
 
@@ -29,6 +30,10 @@ def compare(
         list[float] | None,
         typer.Option(help="A row of structured pruning to this speedup of the timed pass, above 1; repeatable."),
     ] = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=8, help="A row of quantization to so many bits, whatever --keep; repeatable."),
+    ] = None,
     parameters: Annotated[bool, typer.Option(help="--keep is a fraction of the parameters, not of the bytes.")] = False,
     calibrate: Annotated[
         str | None, typer.Option(help="Calibration: wikitext2:calibration, pydoc, sts:train, photographs, a text file.")
@@ -41,6 +46,7 @@ def compare(
     data: Data = None,
     seed: Seed = 0,
     quick: Quick = False,
+    as_json: Json = False,
 ) -> None:
     """Compress copies of a model by several methods and measure them: size, time, quality, minutes, memory."""
     from isogrid.cli.source import open_model
@@ -62,12 +68,13 @@ def compare(
     if inputs is None and hasattr(calibration, "shape"):
         inputs = calibration[:1]
     target = out or Path("results/compare") / Path(model).name
+    asked = [*(method or ()), *(f"quantized(bits={one})" for one in bits or ()), *map(pruned_to, speedup or ())]
     result = run_comparison(
         target,
         loaded,
         tokenizer,
         model,
-        methods=[*(method or (() if speedup else DEFAULT)), *(pruned_to(one) for one in speedup or ())],
+        methods=asked or DEFAULT,
         keep=keep,
         in_bytes=not parameters,
         calibration=calibration,
@@ -79,5 +86,8 @@ def compare(
         command=command_line(),
         say=lambda message: notes.print(plain(message), highlight=False, soft_wrap=True),
     )
+    if as_json:
+        console.print_json(json.dumps(result, default=str))
+        return
     console.print(console_table(result))
     console.print(f"written to {target}", highlight=False, soft_wrap=True)
