@@ -157,6 +157,16 @@ def test_encoders_are_measured_by_their_outputs():
         assert 0 < recipe.predicted.gap < 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_models_of_other_dtypes(dtype):
+    model = language_model()
+    data = told(model)
+    before = models.snapshot(model.to(dtype))
+    (recipe,) = Advisor(model, data, formats=[LowRankLight()], efforts=EFFORTS[2:]).for_keep(0.6)
+    models.assert_untouched(model, before)
+    assert 0 < recipe.predicted.gap < 10
+
+
 def test_token_loss_leaves_padding_out():
     model, ids = language_model(), models.tokens(3, 10, 0)
     mask = models.padding_mask(3, 10)

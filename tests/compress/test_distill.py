@@ -86,6 +86,33 @@ def test_the_teacher_stays_as_it_was_and_shares_the_matrices():
     assert torch.equal(models.output(teacher, batch), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_models_of_other_dtypes(name, dtype):
+    architecture = models.ARCHITECTURES[name]
+    model = architecture.build().to(dtype)
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    data = [architecture.batch(seed) for seed in range(8)]
+    data = [{key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()} for batch in data]
+    report = compress(model, LowRank(), keep=0.5, calibration=data, distill=Distillation(steps=6, rate=0.01))
+    assert report.distilled.after <= report.distilled.before
+    assert {value.dtype for value in model.state_dict().values()} == {dtype}
+    # What isn't trained is what it was, to the bit.
+    stays = [key for key, value in model.state_dict().items() if value.ndim > 1 and key in dense]
+    assert any("embed" in key for key in stays)
+    assert all(torch.equal(model.state_dict()[key], dense[key]) for key in stays)
+
+
+def test_a_teacher_of_its_own_stays_as_it_was():
+    architecture = models.ARCHITECTURES["llama"]
+    teacher, model = architecture.build().double(), architecture.build().bfloat16()
+    before = models.snapshot(teacher)
+    data = [architecture.batch(seed) for seed in range(4)]
+    compress(model, LowRank(), keep=0.5, calibration=data)
+    distill(model, teacher, data, Distillation(steps=3))
+    models.assert_untouched(teacher, before)
+
+
 def test_bad_requests():
     with pytest.raises(IsogridError, match="give calibration"):
         compress(models.llama(), LowRank(), distill=1.0)

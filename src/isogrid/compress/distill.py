@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isogrid.compress.calibrate import forward_calls, real_rows
 from isogrid.compress.team import Team
-from isogrid.compress.tuning import Tuned, Tuning, first_tensor, row_loss, trainable, tune
+from isogrid.compress.tuning import Tuned, Tuning, as_float32, first_tensor, in_float32, row_loss, trainable, tune
 from isogrid.errors import IsogridError
 
 # What a picture counts for among tokens: its rows of pixels are many, its answer is one.
@@ -117,6 +117,7 @@ def distill(
         raise IsogridError(
             f"distillation trains on some batches and holds out others, got {len(batches)}; give more windows"
         )
+    batches = [as_float32(batch) for batch in batches]
     places = range(len(batches))
     team = Team(accelerator)
     by_token = isinstance(settings, TokenDistillation)
@@ -134,7 +135,7 @@ def distill(
     def measure(some: Sequence[int]) -> float:
         return team.total(sum(float(loss(place)) for place in team.share(some))) / len(some)
 
-    with trainable(model, matrices=by_token) as parameters:
+    with trainable(model, matrices=by_token) as parameters, in_float32(teacher):
         return tune(
             parameters,
             places,

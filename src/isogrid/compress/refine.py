@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from isogrid.compress.calibrate import real_rows
 from isogrid.compress.lockstep import Halt
-from isogrid.compress.tuning import Tuning, first_tensor, row_loss, trainable, tune
+from isogrid.compress.tuning import Tuning, as_float32, first_tensor, row_loss, trainable, tune
 from isogrid.errors import IsogridError
 
 
@@ -105,12 +105,8 @@ def refine_block(
         )
 
     def loss(example: Example) -> Tensor:
-        wide = torch.utils._pytree.tree_map_only(
-            Tensor,
-            lambda x: x.to(torch.float32) if x.is_floating_point() else x,
-            (example.halt.args, example.halt.kwargs),
-        )
-        found = real_rows(first_tensor(block(*wide[0], **wide[1])), example.batch)
+        args, kwargs = as_float32((example.halt.args, example.halt.kwargs))
+        found = real_rows(first_tensor(block(*args, **kwargs)), example.batch)
         return row_loss(found, real_rows(example.wanted, example.batch).to(torch.float32))
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -206,26 +206,45 @@ def trainable(module: nn.Module, *, matrices: bool = False) -> Iterator[list[nn.
             if wanted and value.is_floating_point() and id(value) not in embeddings:
                 chosen[id(value)] = value
     flags = [(value, value.requires_grad, value.grad) for value in module.parameters()]
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    narrow: list[tuple[Tensor, torch.dtype]] = [
-        (value, value.dtype) for value in tensors if value.is_floating_point() and value.dtype != torch.float32
-    ]
     try:
-        for narrowed, _ in narrow:
-            narrowed.data = narrowed.data.to(torch.float32)
-        for value, _, _ in flags:
-            value.grad = None
-            value.requires_grad_(id(value) in chosen)
-        with torch.enable_grad():
-            yield list(chosen.values())
+        with in_float32(module, list(chosen.values())):
+            try:
+                for value, _, _ in flags:
+                    value.grad = None
+                    value.requires_grad_(id(value) in chosen)
+                with torch.enable_grad():
+                    yield list(chosen.values())
+            finally:
+                for value, flag, _ in flags:
+                    value.grad = None
+                    value.requires_grad_(flag)
     finally:
-        for value, flag, _ in flags:
-            value.grad = None
-            value.requires_grad_(flag)
-        for narrowed, dtype in narrow:
-            narrowed.data = narrowed.data.to(dtype)
         for value, _, gradient in flags:
             value.grad = gradient
+
+
+@contextmanager
+def in_float32(module: nn.Module, trained: Sequence[Tensor] = ()) -> Iterator[None]:
+    """All floating tensors of a module in float32 inside; afterwards the very ones before, the trained ones rounded."""
+    learnt = {id(value) for value in trained}
+    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
+    others = [(one, one.data) for one in tensors if one.is_floating_point() and one.dtype != torch.float32]
+    try:
+        for value, before in others:
+            value.data = before.to(torch.float32)
+        yield
+    finally:
+        for value, before in others:
+            value.data = value.data.to(before.dtype) if id(value) in learnt else before
+
+
+def as_float32(inputs: Any) -> Any:
+    """What a module is called with, floating tensors in float32."""
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)  # torch's trees know none of transformers' mappings
+    return torch.utils._pytree.tree_map_only(
+        Tensor, lambda x: x.to(torch.float32) if x.is_floating_point() else x, inputs
+    )
 
 
 def row_loss(found: Tensor, wanted: Tensor) -> Tensor:
