@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress
-from isogrid.compress import as_candidates, select_layers
+from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress, select_layers
+from isogrid.compress import as_candidates
 from isogrid.compress.allocate import Option, choose, lagrangian_bound, water_fill
 from isogrid.compress.curves import Curves, error_curve, sampled
 from isogrid.compress.sensitivity import loss_weights
@@ -127,6 +129,43 @@ def test_a_single_logit_has_weights_too():
     assert min(weights.values()) > 0
 
 
+def test_what_stands_at_padding_has_no_weight():
+    model, batch = models.bert_masked(), models.padded_batch()
+    other = dict(batch, input_ids=torch.where(batch["attention_mask"] == 1, batch["input_ids"], 7))
+    one, two = (loss_weights(model, select_layers(model), [data]) for data in (batch, other))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+class Experts(nn.Module):
+    """A row of sixteen goes to one layer, the others to another."""
+
+    def __init__(self, outputs=5):
+        super().__init__()
+        self.rare, self.usual = nn.Linear(6, outputs), nn.Linear(6, outputs)
+
+    def forward(self, x):
+        rare = torch.arange(len(x)) % 16 == 0
+        return torch.zeros(len(x), 5).index_put((rare,), self.rare(x[rare])).index_put((~rare,), self.usual(x[~rare]))
+
+
+def test_an_expert_weighs_as_much_as_the_tokens_it_sees():
+    model = Experts()
+    weights = loss_weights(model, dict(model.named_children()), [torch.randn(8000, 6)])
+    assert weights["rare"] == pytest.approx(0.5 / 16, rel=0.1)
+    assert weights["usual"] == pytest.approx(0.5 * 15 / 16, rel=0.05)
+
+
+def test_a_single_logit_is_a_number_to_come_near():
+    class Scored(nn.Sequential):
+        def forward(self, x):
+            return SimpleNamespace(logits=super().forward(x))
+
+    model = Scored(nn.Linear(6, 5), nn.Linear(5, 1))
+    weights = loss_weights(model, dict(model.named_children()), [torch.randn(4000, 6)])
+    assert weights["1"] == pytest.approx(0.5, rel=0.1)
+    assert weights["0"] == pytest.approx(float(model[1].weight.detach().square().sum()) / 10, rel=0.1)
+
+
 def unequal():
     """Three layers in a row, of which the first is nearly of rank three."""
     torch.manual_seed(1)
@@ -232,6 +271,46 @@ def test_of_several_formats_each_layer_gets_the_better_one():
     assert both[0] < 1e-6 < low_rank[0]
     # The first layer is kept as it is, alone and here: the second has the same inputs.
     assert both[1] <= 1.02 * monarch[1]
+
+
+@pytest.mark.parametrize(
+    ("formats", "keep"),
+    [
+        (["monarch", "blast"], 0.05),
+        (["block_tensor_train", "kronecker"], 0.03),
+        (["low_rank_light", "blast"], 0.33),
+        (["low_rank", "monarch"], 0.58),
+    ],
+)
+def test_of_several_formats_each_layer_spends_its_share_and_no_more(formats, keep):
+    def compressed(fmt):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.Linear(96, 64, bias=False))
+        return compress(model, fmt, keep=keep)
+
+    alone = []
+    for fmt in formats:
+        with suppress(BudgetError):
+            alone.append(compressed(fmt))
+    report = compressed(formats)
+    assert report.achieved_keep <= keep
+    for layer, *others in zip(report.layers, *(one.layers for one in alone), strict=True):
+        assert layer.format in [one.format for one in others]
+        assert layer.error <= 1.05 * min(one.error for one in others)
+
+
+def test_a_share_that_no_format_has_is_refused():
+    with pytest.raises(BudgetError, match=r"layer '0': monarch.* have no member within 5 of its 576.*keep more"):
+        compress(unequal(), ["monarch", "blast"], keep=0.01)
+
+
+def test_a_matrix_of_one_column_is_left_dense():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 1), nn.Linear(1, 12)).double()
+    report = compress(
+        model, LowRank(), keep=0.8, calibration=[torch.randn(64, 12, dtype=F64)], allocate="water_filling"
+    )
+    assert [layer.format == Dense() for layer in report.layers] == [False, True, True]
+    assert report.achieved_keep <= 0.8
 
 
 def test_one_budget_over_several_formats_is_never_worse_than_the_best_of_them():

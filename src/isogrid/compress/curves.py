@@ -73,6 +73,7 @@ class Curves:
         self._formats = formats
         self._prices = prices or StoredPrices(layers)
         self._closed: dict[str, dict[Format, list[Option]]] = {}
+        self._spectra: dict[str, dict[Format, list[float]]] = {}  # the errors of all sizes
         self._references: dict[str, _Reference] = {}
         # By format and kind: the probed layers' (share, log ratio to Light) by name.
         self._ratios: dict[tuple[Format, str], dict[str, list[tuple[float, float]]]] = {}
@@ -82,9 +83,11 @@ class Curves:
         """Measure one layer."""
         matrix = linear_matrix(self._layers[name]).detach()
         found: dict[Format, list[Option]] = {}
+        spectra = self._spectra[name] = {}
         for fmt in self._formats:
             spectrum = fmt.error_curve(widened(matrix), metric)
             if spectrum is not None:
+                spectra[fmt] = spectrum
                 step = -(-len(spectrum) // self._prices.sizes)
                 if len(spectrum) >= 8 * self._prices.multiple:
                     step = self._prices.multiple * -(-step // self._prices.multiple)
@@ -123,6 +126,27 @@ class Curves:
         allowed = [one for one in smaller if one.cost >= least * dense.cost] or smaller[-1:]
         return [*allowed, dense]
 
+    def largest(self, name: str, limit: int) -> list[Option]:
+        """Of each format its largest member within a limit; of one that has none so small, nothing."""
+        matrix = linear_matrix(self._layers[name])
+        found: list[Option] = []
+        for fmt in self._formats:
+            tables = self._tables(fmt, name, matrix)
+            spectrum = self._spectra[name].get(fmt)
+            if spectrum is None and not tables:
+                continue
+            try:
+                member = self._prices.within(name, fmt, limit)
+            except BudgetError:
+                continue
+            if spectrum is None:
+                error = self._scaled_error(member, name, matrix, tables)
+            else:
+                assert fmt.size_field is not None
+                error = spectrum[getattr(member, fmt.size_field) - 1]
+            found.append(Option(member, self._prices.of(name, member), error))
+        return found
+
     def _probe(
         self, fmt: Format, matrix: Tensor, metric: Metric | None, reference: _Reference
     ) -> list[tuple[float, float]]:
@@ -139,24 +163,31 @@ class Curves:
             found[parameters / matrix.numel()] = math.log(ratio)
         return sorted(found.items())
 
-    def _scaled(self, fmt: Format, name: str, matrix: Tensor) -> Iterable[Option]:
+    def _tables(self, fmt: Format, name: str, matrix: Tensor) -> list[list[tuple[float, float]]]:
+        """The layer's own ratios, or those of the probed layers of its kind."""
         known = self._ratios.get((fmt, kind(name, matrix)), {})
         tables = [known[name]] if name in known else list(known.values())
-        tables = [table for table in tables if table]
+        return [table for table in tables if table]
+
+    def _scaled_error(
+        self, member: Format, name: str, matrix: Tensor, tables: Sequence[Sequence[tuple[float, float]]]
+    ) -> float:
+        parameters = member.cost(*matrix.shape).parameters
+        ratio = sum(_interpolated(table, parameters / matrix.numel()) for table in tables) / len(tables)
+        return self._references[name].at(parameters) * math.exp(ratio)
+
+    def _scaled(self, fmt: Format, name: str, matrix: Tensor) -> Iterable[Option]:
+        tables = self._tables(fmt, name, matrix)
         if not tables:
             return
-        out_features, in_features = matrix.shape
         seen: set[Format] = set()
-        own = [share for share, _ in tables[0]] if name in known else []
+        own = [share for share, _ in tables[0]] if name in self._ratios[fmt, kind(name, matrix)] else []
         for share in sorted({*OFFERED, *own}):
-            member = _member(fmt, share, out_features, in_features)
+            member = _member(fmt, share, *matrix.shape)
             if member is None or member in seen:
                 continue
             seen.add(member)
-            parameters = member.cost(out_features, in_features).parameters
-            ratio = sum(_interpolated(table, parameters / matrix.numel()) for table in tables) / len(tables)
-            error = self._references[name].at(parameters) * math.exp(ratio)
-            yield Option(member, self._prices.of(name, member), error)
+            yield Option(member, self._prices.of(name, member), self._scaled_error(member, name, matrix, tables))
 
 
 def kind(name: str, matrix: Tensor) -> str:

@@ -22,7 +22,7 @@ from isogrid.compress.layerwise import InOrder, Seen, fit_in_order
 from isogrid.compress.prices import Prices, StoredPrices
 from isogrid.compress.sensitivity import loss_weights
 from isogrid.compress.welore import allocate_welore, chooses_ranks
-from isogrid.errors import IsogridError
+from isogrid.errors import BudgetError, IsogridError
 from isogrid.fitting import Metric
 from isogrid.formats import Budget, Format, as_format
 
@@ -117,7 +117,8 @@ class Survey:
     ) -> None:
         self.layers = layers
         self.formats = tuple(formats)
-        self.curves = Curves(layers, formats, prices)
+        self.prices = prices or StoredPrices(layers)
+        self.curves = Curves(layers, formats, self.prices)
         self.weights: dict[str, float] | None = None
         self._seen: set[str] = set()
 
@@ -169,6 +170,23 @@ class Survey:
             name: [dataclasses.replace(one, error=one.error * self.weights[name]) for one in of]
             for name, of in found.items()
         }
+
+    def within(self, name: str, share: float) -> Format:
+        """The member of the least error within a share of a layer's own cost.
+
+        Raises:
+            BudgetError: no format has one; names the layer.
+        """
+        limit = self.prices.share_of(name, share)
+        options = self.curves.of(name, LEAST_SHARE * share)
+        allowed = [one for one in [*options, *self.curves.largest(name, limit)] if one.cost <= limit]
+        if not allowed:
+            raise BudgetError(
+                f"layer {name!r}: {' and '.join(one.label() for one in self.formats)} have no member within {limit} of "
+                f"its {self.prices.dense(name)}, the smallest offered takes {options[0].cost}; keep more, "
+                "allocate='global', or skip the layer"
+            )
+        return min(allowed, key=lambda one: one.error).format
 
     def best(self, limit: int, share: float, formats: Sequence[Format] | None = None) -> Plan:
         """The plan of the least predicted rise within a limit of the survey's prices; `weigh` comes before.
@@ -227,12 +245,12 @@ def plan(
         return planned(allocate_uniform(layers, formats[0], share, prices))
     survey = Survey(layers, formats, prices).measure(model, calibration)
     if allocate == "uniform":
-        options = survey.options(LEAST_SHARE * share)
-        return planned({name: _best_within(of, share) for name, of in options.items()})
+        return planned({name: survey.within(name, share) for name in layers})
     if allocate == "water_filling":
         # It asks for nothing but errors; the dense option and a least size are not its own.
         ranks = {
-            name: [one for one in of if one.format.name == formats[0].name] for name, of in survey.options().items()
+            name: [one for one in of if one.format.name == formats[0].name] or [of[-1]]  # nothing is smaller than dense
+            for name, of in survey.options().items()
         }
         return planned({name: one.format for name, one in water_fill(ranks, limit).items()})
     assert isinstance(calibration, list)
@@ -249,11 +267,6 @@ def check_allocation(allocate: str, formats: Sequence[Format], calibration: Any)
         raise IsogridError(f"allocate={allocate!r} chooses ranks of one format; give one, or allocate='global'")
     if allocate == "water_filling" and not chooses_ranks(formats[0]):
         raise IsogridError(f"water filling chooses ranks of low_rank or low_rank_light, got {formats[0].label()}")
-
-
-def _best_within(options: Sequence[Option], share: float) -> Format:
-    limit = share * options[-1].cost * (1 + 1e-12)
-    return min((one for one in options if one.cost <= limit), key=lambda one: one.error, default=options[0]).format
 
 
 def few(batches: list[Any]) -> list[Any]:

@@ -16,11 +16,13 @@ from isogrid.errors import IsogridError
 def loss_weights(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], *, seed: int = 0
 ) -> dict[str, float]:
-    """``E ||g||² / (2 m)`` of each layer, g the gradient of the loss with respect to its m outputs, a row at a time.
+    """``Σ ||g||² / (2 m N)`` of each layer, over its rows: g the gradient of the loss with respect to its m outputs.
 
-    For small errors that are alike in all directions, ``weight · E ||error||²`` is the expected rise of the loss
-    (fitting theory 5.1). The loss: cross entropy of labels drawn from the model's own logits, or, where a model has
-    none or a single one, its outputs times standard normal numbers, whose gradients see changes of all outputs alike.
+    N are the rows of the model's output, without padding: tokens, or texts and images that are classed as a whole. For
+    small errors that are alike in all directions, ``weight · E ||error||²`` is the expected rise of the loss of one of
+    them (fitting theory 5.1); an expert that few tokens reach weighs little. The loss: cross entropy of labels drawn
+    from the model's own logits, or, where a model has no logits or just one (a regression), its outputs times standard
+    normal numbers, whose gradients see changes of all outputs alike.
 
     Args:
         model: it runs in eval mode and is left in the mode it was in; no parameter's gradient is touched.
@@ -36,7 +38,7 @@ def loss_weights(
     """
     source = torch.Generator().manual_seed(seed)
     squares: dict[str, float] = dict.fromkeys(layers, 0.0)
-    rows: dict[str, int] = dict.fromkeys(layers, 0)
+    scored = 0
     batch: Any = None
 
     def watch(name: str) -> Any:
@@ -47,7 +49,6 @@ def loss_weights(
             def on_gradient(gradient: Tensor) -> None:
                 kept = real_rows(gradient, batch).to(torch.float32)
                 squares[name] += float(kept.square().sum(dtype=torch.float64))
-                rows[name] += len(kept)
 
             output.register_hook(on_gradient)
             return output
@@ -62,7 +63,9 @@ def loss_weights(
         with frugal_memory(), torch.enable_grad(), evaluation_mode(model):
             for number, run in enumerate(forward_calls(model, batches)):
                 batch = batches[number]
-                loss = _sampled_loss(run(), source)
+                rows, are_logits = _rows_of(run(), batch)
+                scored += len(rows)
+                loss = _sampled_loss(rows, are_logits, source)
                 if loss.requires_grad:
                     loss.backward()
     finally:
@@ -70,11 +73,7 @@ def loss_weights(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    found = {
-        name: squares[name] / rows[name] / (2 * module_outputs(layers[name]))
-        for name in layers
-        if rows[name] and squares[name] > 0
-    }
+    found = {name: squares[name] / scored / (2 * module_outputs(layers[name])) for name in layers if squares[name] > 0}
     if not found:
         raise IsogridError(f"no gradient reaches any of the {len(layers)} selected layers; allocate uniformly")
     median = sorted(found.values())[len(found) // 2]
@@ -86,22 +85,27 @@ def module_outputs(module: nn.Module) -> int:
     return int(getattr(module, "out_features", None) or module.nf)  # type: ignore[arg-type]  # Conv1D calls them nf
 
 
-def _sampled_loss(output: Any, source: torch.Generator) -> Tensor:
-    """Summed over rows, so that one row's gradient is its own."""
+def _rows_of(output: Any, batch: Any) -> tuple[Tensor, bool]:
+    """The rows ``(N, outputs)`` of a model's output without those of padding, and whether they are logits."""
     logits = getattr(output, "logits", None)
-    if isinstance(logits, Tensor) and logits.shape[-1] > 1:
-        flat = logits.reshape(-1, logits.shape[-1]).to(torch.float32)
-        with torch.no_grad():
-            uniform = torch.rand(flat.shape[0], 1, generator=source).to(flat.device)
-            labels = (flat.softmax(-1).cumsum(-1) < uniform).sum(-1).clamp(max=flat.shape[-1] - 1)
-        return nn.functional.cross_entropy(flat, labels, reduction="sum")
-    if isinstance(logits, Tensor):  # a single logit is an output like any other: labels of one class tell nothing
-        output = logits
-    elif isinstance(output, Mapping):
+    if isinstance(logits, Tensor):
+        return real_rows(logits, batch), logits.shape[-1] > 1
+    if isinstance(output, Mapping):
         output = next((value for value in output.values() if isinstance(value, Tensor)), None)
     elif isinstance(output, tuple | list):
         output = output[0]
     if not isinstance(output, Tensor):
         raise IsogridError(f"the model's output is a {type(output).__name__}, not a tensor; allocate uniformly")
-    noise = torch.randn(output.shape, generator=source).to(output)
-    return (output * noise).sum()
+    return real_rows(output if output.ndim > 1 else output.reshape(-1, 1), batch), False
+
+
+def _sampled_loss(rows: Tensor, are_logits: bool, source: torch.Generator) -> Tensor:
+    """Summed over rows, so that one row's gradient is its own."""
+    if not are_logits:
+        noise = torch.randn(rows.shape, generator=source).to(rows)
+        return (rows * noise).sum()
+    rows = rows.to(torch.float32)
+    with torch.no_grad():
+        uniform = torch.rand(len(rows), 1, generator=source).to(rows.device)
+        labels = (rows.softmax(-1).cumsum(-1) < uniform).sum(-1).clamp(max=rows.shape[-1] - 1)
+    return nn.functional.cross_entropy(rows, labels, reduction="sum")
