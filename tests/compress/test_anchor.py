@@ -85,6 +85,22 @@ def test_the_reported_error_is_the_measured_one():
     assert report.layers[3].error == pytest.approx(measured, rel=1e-3)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("rows", [64, 2048])  # few rows: much damping
+def test_no_fit_goes_below_the_certificate(rows, bias):
+    data = torch.randn(rows, 24, generator=torch.Generator().manual_seed(1), dtype=F64)
+    second = {}
+    for anchor in (0.25, 0.5, 0.75, 1.0):  # the first layer has no drift: the second's inputs are always the same
+        report = compress(deep(bias), LowRank(), keep=0.4, calibration=[data], anchor=anchor, select=["0", "2"])
+        second[anchor] = report.layers[1]
+    best = second[1.0].error  # the optimum, in closed form
+    assert second[1.0].least_error == pytest.approx(best, rel=1e-5)
+    for layer in second.values():
+        assert layer.upstream == pytest.approx(second[1.0].upstream, rel=1e-5)
+        assert layer.upstream <= layer.least_error <= best * (1 + 1e-9)
+        assert best * (1 - 1e-9) <= layer.error
+
+
 def test_a_module_used_twice_stays_the_original_for_the_original():
     class Twice(nn.Module):
         def __init__(self):

@@ -176,7 +176,9 @@ def fit_layer(
     target = matrix
     if drift is not None and cost_of_errors is not None:
         cross = drift.centred if moves_bias else drift.cross
-        target = anchored_target(matrix, cost_of_errors, cross, anchor).to(matrix)
+        mixed = anchored_target(matrix, cost_of_errors, cross, anchor)
+        restoring = widened(matrix) + (mixed - widened(matrix)) / anchor
+        target = mixed.to(matrix)
     try:
         factors, fitted = fmt.fit_and_report(target, cost_of_errors, generator=generator, **options)
     except IsogridError as error:
@@ -193,13 +195,18 @@ def fit_layer(
         new_bias = (widened(new_bias) + shift).to(new_bias)
     reached, upstream, least = fitted.error, 0.0, fitted.least_error
     if drift is not None and seen is not None and cost_of_errors is not None:
-        energy = seen.energy(matrix, centred=moves_bias)
         exact = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
         dense = fmt.dense(exact, out_features, in_features)
-        distance = partial(output_distance, matrix, cross=cross, moment=cost_of_errors.moment, energy=energy)
-        reached, upstream = (_relative(distance(of), energy) for of in (dense, widened(target)))
+        # As fits count errors: damping is noise on both inputs alike, so the original outputs have it, too.
+        ridge = cost_of_errors.matrix - cost_of_errors.moment
+        energy = seen.energy(matrix, centred=moves_bias) + _energy(matrix, ridge)
+        distance = partial(output_distance, matrix, cross=cross, moment=cost_of_errors.matrix, energy=energy)
+        reached, upstream = (_relative(distance(of), energy) for of in (dense, restoring))
         if fitted.lower_bound is not None:
-            least = min(reached, _relative(fitted.lower_bound + upstream**2 * energy, energy))
+            # The bound is a distance from the fit's target; the outputs' is counted from the one that restores them.
+            aside = cost_of_errors.squared_norm(restoring - widened(target)) ** 0.5
+            lost = max(fitted.lower_bound**0.5 - aside, 0.0) ** 2
+            least = min(reached, _relative(lost + upstream**2 * energy, energy))  # equal but for rounding
     layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
     layer.requires_grad_(linear.weight.requires_grad)
     if bias is not None and layer.bias is not None:
@@ -225,6 +232,11 @@ def fit_layer(
         bias_moved=moves_bias,
         seconds=time.perf_counter() - begun,
     )
+
+
+def _energy(matrix: Tensor, moment: Tensor) -> float:
+    wide = widened(matrix).to(moment)
+    return float(((wide @ moment) * wide).sum())
 
 
 def _relative(objective: float, whole: float) -> float:

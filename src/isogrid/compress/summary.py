@@ -26,8 +26,8 @@ class LayerReport:
         in_features: columns of its matrix.
         parameters: trained numbers of the format, without the bias.
         dense_parameters: out · in.
-        error: relative output error on the calibration rows: of the matrix on the inputs that it gets now or, anchored,
-            against the original model's outputs. The relative Frobenius error of a plain fit.
+        error: relative output error on the calibration rows, damped as for the fit: of the matrix on the inputs that it
+            gets now or, anchored, against the original model's outputs. The relative Frobenius error of a plain fit.
         held_error: the same on calibration rows that the fit didn't know; far above ``error``, the fit follows its
             sample. None where no rows were held out.
         upstream: the part of the error that the layers before have caused and no matrix here can repair; known for
