@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from isogrid import IsogridError, collect_moments, select_layers
-from isogrid.compress import as_batches
-from isogrid.compress.calibrate import ROWS_PER_BATCH, MomentSum
+from isogrid.compress.calibrate import MomentSum
 from tests import models
 
 
@@ -101,6 +100,38 @@ def test_padding_masks_of_encoder_and_decoder_of_one_length_are_told_apart_or_re
     assert moments.metrics["decoder.block.0.layer.2.DenseReluDense.wi"].rows == 48
 
 
+def labelled_batch(length=8):
+    """Labels as collators make them: -100 where the others are longer."""
+    batch = models.padded_batch()
+    labels = models.tokens(4, length, 5)
+    return batch | {"labels": labels.masked_fill(models.padding_mask(4, length).flip(0) == 0, -100)}
+
+
+def test_labels_tell_the_padding_of_the_decoder():
+    model, batch = models.t5(), labelled_batch()
+    moments = collect_moments(model, select_layers(model), [batch])
+    encoder, decoder = int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())
+    for layer, metric in moments.metrics.items():
+        of_encoder = layer.startswith("encoder.") or layer.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        assert metric.rows == (encoder if of_encoder else decoder), layer
+
+
+def test_labels_of_the_encoders_length_are_told_apart_or_refused():
+    model, batch = models.t5(), labelled_batch(12)
+    with pytest.raises(IsogridError, match="encoder and decoder inputs of one length, 12"):
+        collect_moments(model, select_layers(model), [batch])
+    batch["labels"] = models.tokens(4, 12, 5).masked_fill(batch["attention_mask"] == 0, -100)
+    moments = collect_moments(model, select_layers(model), [batch])
+    assert {metric.rows for metric in moments.metrics.values()} == {int(batch["attention_mask"].sum())}
+
+
+def test_labels_of_a_language_model_are_no_mask():
+    model, ids = models.llama(), models.tokens(4, 12, 0)
+    labels = ids.masked_fill(torch.arange(12) < 5, -100)  # a prompt
+    moments = collect_moments(model, select_layers(model), [{"input_ids": ids, "labels": labels}])
+    assert moments.rows == ids.numel()
+
+
 def test_layers_of_one_input_share_one_metric():
     model = models.llama()
     metrics = collect_moments(model, select_layers(model), [models.token_batch()]).metrics
@@ -146,87 +177,6 @@ def test_moments_of_a_16_bit_model_are_sums_in_more_bits():
     assert_moment(moments.metrics["0"], x.double())
 
 
-# ---- what calibration data may look like --------------------------------------------------------------------------
-
-
-class Letters:
-    """A tokenizer of letters: as much of transformers' interface as calibration by text needs."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, text, *, padding=False, truncation=False, max_length=None, return_tensors=None, **_):
-        if isinstance(text, str):
-            return {"input_ids": [3 + ord(sign) % 40 for sign in text]}
-        self.calls.append(list(text))
-        ids = [self(one)["input_ids"][: max_length if truncation else None] for one in text]
-        width = max(map(len, ids))
-        return {
-            "input_ids": torch.tensor([row + [0] * (width - len(row)) for row in ids]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
-        }
-
-
-def test_one_text_becomes_windows():
-    text = "".join(chr(97 + at % 26) for at in range(107))
-    batches = as_batches(text, Letters(), 16)
-    ids = torch.cat(batches)
-    assert ids.shape == (6, 16)
-    assert ids.flatten().tolist() == Letters()(text)["input_ids"][:96]
-
-
-def test_text_shorter_than_a_window_is_one_short_window():
-    assert torch.cat(as_batches("hello", Letters(), 16)).shape == (1, 5)
-
-
-def test_list_of_texts_is_padded_and_every_text_comes_once():
-    texts = ["a" * (1 + at * 7 % 30) + str(at) for at in range(150)]
-    tokenizer = Letters()
-    batches = as_batches(texts, tokenizer, 512)
-    assert sorted(text for call in tokenizer.calls for text in call) == sorted(texts)
-    assert len(batches) == len(tokenizer.calls) > 1
-    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == sum(map(len, texts))
-
-
-def test_texts_are_cut_at_the_length():
-    batches = as_batches(["a" * 40, "b" * 5], Letters(), 8)
-    assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 8 + 5
-
-
-def test_texts_calibrate_a_model():
-    model = models.bert()
-    texts = ["abc", "a longer text", "x"]
-    moments = collect_moments(model, select_layers(model), texts, tokenizer=Letters(), length=16)
-    assert moments.rows == sum(map(len, texts))
-    assert collect_moments(model, select_layers(model), "x" * 57, tokenizer=Letters(), length=10).rows == 50
-
-
-@pytest.mark.parametrize("text", ["some text", ["some", "texts"]])
-def test_text_without_a_tokenizer_is_an_error(text):
-    with pytest.raises(IsogridError, match="tokenizer"):
-        collect_moments(models.llama(), select_layers(models.llama()), text)
-
-
-def test_token_tensor_is_cut_into_batches_of_a_fixed_number_of_rows():
-    windows = models.tokens(70, 64, 0)
-    batches = as_batches(windows)
-    assert [batch.shape[0] for batch in batches] == [32, 32, 6]
-    assert all(batch.numel() <= ROWS_PER_BATCH for batch in batches)
-    assert torch.equal(torch.cat(batches), windows)
-    assert [batch.shape[0] for batch in as_batches(models.tokens(2, ROWS_PER_BATCH + 1, 0))] == [1, 1]
-
-
-def test_feature_tensor_is_cut_by_rows():
-    x = models.feature_batch(rows=ROWS_PER_BATCH + 5)
-    assert [batch.shape[0] for batch in as_batches(x)] == [ROWS_PER_BATCH, 5]
-
-
-def test_one_mapping_is_one_batch_and_iterators_are_read_once():
-    batch = models.padded_batch()
-    assert as_batches(batch)[0] is batch
-    assert len(as_batches(models.padded_batch(seed) for seed in range(3))) == 3
-
-
 def test_tuples_are_positional_arguments():
     class Pair(nn.Module):
         def __init__(self):
@@ -239,18 +189,6 @@ def test_tuples_are_positional_arguments():
     model, x = Pair(), models.feature_batch(rows=32, features=8)
     metrics = collect_moments(model, select_layers(model), [(x, 3.0)]).metrics
     assert_moment(metrics["linear"], 3 * x.double())
-
-
-@pytest.mark.parametrize("empty", [[], (), "", torch.zeros(0, 24), iter(())])
-def test_no_calibration_rows_is_an_error(empty):
-    with pytest.raises(IsogridError, match="no rows"):
-        collect_moments(models.mlp(), select_layers(models.mlp()), empty, tokenizer=Letters())
-
-
-@pytest.mark.parametrize("strange", [5, 1.5, object()])
-def test_something_else_is_an_error(strange):
-    with pytest.raises(IsogridError, match="calibration is text, a tensor or an iterable"):
-        collect_moments(models.mlp(), select_layers(models.mlp()), strange)
 
 
 def test_batches_of_padding_alone_are_an_error():

@@ -2,7 +2,8 @@
 
 from isogrid.compress.advise import Advisor
 from isogrid.compress.allocate import allocate_uniform
-from isogrid.compress.calibrate import Moments, as_batches, collect_moments
+from isogrid.compress.batches import as_batches
+from isogrid.compress.calibrate import Moments, collect_moments
 from isogrid.compress.distill import Distillation, TokenDistillation, distill
 from isogrid.compress.estimate import estimate_seconds
 from isogrid.compress.milliseconds import Milliseconds

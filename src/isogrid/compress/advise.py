@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.batches import as_batches
 from isogrid.compress.blockwise import enclosing_blocks
-from isogrid.compress.calibrate import as_batches, evaluation_mode, forward_calls
+from isogrid.compress.calibrate import evaluation_mode, forward_calls
 from isogrid.compress.distill import distance, original_view
 from isogrid.compress.pipeline import AUTO, as_candidates, compress
 from isogrid.compress.plan import Plan, Survey
@@ -84,7 +85,7 @@ class Advisor:
         self._model, self._efforts, self._seed, self._say = model, tuple(efforts), seed, say
         self._formats = as_candidates([as_format(one) for one in formats])
         self._layers = select_layers(model, select, skip)
-        self._batches = as_batches(calibration, tokenizer, length, training=True)
+        self._batches = as_batches(calibration, tokenizer, length, model=model, training=True)
         if len(self._batches) < 2:
             raise IsogridError(f"advise measures on a part of the data, got {len(self._batches)} batch; give more")
         count = max(round(HELD_OUT * len(self._batches)), 1)

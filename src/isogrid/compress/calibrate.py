@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.batches import as_batches, with_decoder
 from isogrid.compress.frugal import frugal_memory
-from isogrid.data import TEXTS
 from isogrid.errors import IsogridError
 from isogrid.fitting import Metric, widened
 
 # What models raise on input they can't take; errors of other classes are the model's own and pass through.
 BAD_INPUT = (TypeError, ValueError, IndexError, AttributeError, KeyError, RuntimeError)
-# Rows of one batch of token windows: enough to keep the products busy, few enough for the activations.
-ROWS_PER_BATCH = 2048
-# The same where models are trained: steps are taken, and batches held out, whole.
-ROWS_PER_STEP, LEAST_STEPS = 512, 8
 
 
 @dataclass
@@ -104,81 +100,6 @@ class Moments:
     source: str = "moments of the dense model"
 
 
-def as_batches(calibration: Any, tokenizer: Any = None, length: int = 512, *, training: bool = False) -> list[Any]:
-    """Calibration data as a list of model inputs.
-
-    Args:
-        calibration: an iterable of batches (mappings of keyword arguments, tensors, or tuples of positional
-            arguments), a tensor of token windows ``(windows, length)`` or of features ``(rows, …)``, one text, or a
-            list of texts (the last two with a tokenizer).
-        tokenizer: a transformers tokenizer.
-        length: window length in tokens for one text; also where texts of a list are cut.
-        training: make small batches of tensors and texts: models will be trained on some, and judged by others.
-
-    Raises:
-        IsogridError: texts without a tokenizer, or nothing at all.
-    """
-    rows_per_batch, least = (ROWS_PER_STEP, LEAST_STEPS) if training else (ROWS_PER_BATCH, 1)
-    if length < 1:
-        raise IsogridError(f"a window has at least one token, got length {length}")
-    if isinstance(calibration, str):
-        if calibration in TEXTS:
-            raise IsogridError(f"calibration {calibration!r} is a name, not a text; pass load_text({calibration!r})")
-        calibration = _windows(calibration, _required(tokenizer), length)
-    if hasattr(calibration, "__array__") and not isinstance(calibration, Tensor):
-        calibration = torch.as_tensor(calibration)
-    batches: list[Any]
-    if isinstance(calibration, Tensor):
-        rows = calibration.shape[0]
-        # Token windows count their tokens; images and sequences of features their rows, (…, width) each.
-        inner = calibration.shape[1:-1] if calibration.is_floating_point() else calibration.shape[1:]
-        per_row = inner.numel()
-        step = max(1, rows_per_batch // max(per_row, 1))
-        step = min(step, -(-rows // least)) or 1
-        batches = [calibration[i : i + step] for i in range(0, rows, step)]
-    elif isinstance(calibration, Mapping):
-        batches = [calibration]
-    else:
-        if not isinstance(calibration, Iterable):
-            raise IsogridError(
-                f"calibration is text, a tensor or an iterable of batches, got {type(calibration).__name__}"
-            )
-        batches = list(calibration)
-        if batches and all(isinstance(item, str) for item in batches):
-            batches = _padded_texts(batches, _required(tokenizer), length, rows_per_batch, least)
-    if not batches:
-        raise IsogridError("calibration has no rows; give at least one batch, or None for a plain fit")
-    return batches
-
-
-def _required(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise IsogridError("calibration by text needs the model's tokenizer; pass tokenizer=…")
-    return tokenizer
-
-
-def _windows(text: str, tokenizer: Any, length: int) -> Tensor:
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    if ids.numel() == 0:
-        raise IsogridError("calibration has no rows: the text is empty")
-    count = ids.numel() // length
-    return ids[: count * length].view(count, length) if count else ids.unsqueeze(0)
-
-
-def _padded_texts(texts: Sequence[str], tokenizer: Any, length: int, rows_per_batch: int, least: int) -> list[Any]:
-    # Sorted by length: little padding, and the rows don't care for the order.
-    texts = sorted(texts, key=len)
-    out, at = [], 0
-    while at < len(texts):
-        longest = min(max(len(texts[min(at + 63, len(texts) - 1)]) // 3, 1), length)
-        step = min(64, max(1, rows_per_batch // longest), -(-len(texts) // least))
-        out.append(
-            tokenizer(texts[at : at + step], padding=True, truncation=True, max_length=length, return_tensors="pt")
-        )
-        at += step
-    return out
-
-
 def forward_calls(model: nn.Module, batches: Sequence[Any], **options: Any) -> list[Callable[[], Any]]:
     """One callable per batch that runs the model on it, on the model's device, with further options of its forward."""
     device = next((value.device for value in model.parameters()), torch.device("cpu"))
@@ -188,6 +109,8 @@ def forward_calls(model: nn.Module, batches: Sequence[Any], **options: Any) -> l
     extra |= options
 
     def call(index: int, batch: Any) -> Callable[[], Any]:
+        batch = with_decoder(model, batch)
+
         def forward() -> Any:
             if isinstance(batch, Mapping):
                 return model(**extra | {key: _to(value, device) for key, value in batch.items()})
@@ -251,7 +174,7 @@ def real_rows(x: Tensor, batch: Any) -> Tensor:
 def _check_masks(batch: Mapping[str, Any]) -> None:
     """Raise IsogridError where the sizes of a batch don't tell whose padding a row could be."""
     mask, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-    tokens = batch.get("decoder_input_ids")
+    tokens = batch.get("decoder_input_ids", decoder)
     if not isinstance(mask, Tensor) or not isinstance(tokens, Tensor) or mask.shape != tokens.shape:
         return
     other = decoder if isinstance(decoder, Tensor) else torch.ones_like(mask)
@@ -276,8 +199,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for name, (module, mode) in modes.items():
-            module.training = model.get_submodule(name).training = mode
+        for module, mode in modes.values():
+            module.training = mode
+        for name, (_, mode) in modes.items():
+            with suppress(AttributeError):  # a parametrization goes with its layer
+                model.get_submodule(name).training = mode
 
 
 def collect_moments(
@@ -302,7 +228,7 @@ def collect_moments(
     Raises:
         IsogridError: no rows, or NaN or infinite inputs; names the layer.
     """
-    batches = as_batches(calibration, tokenizer, length)
+    batches = as_batches(calibration, tokenizer, length, model=model)
     # By the layers that shared the inputs. One key for q, k and v; more where batches take different ways.
     sums: dict[tuple[str, ...], MomentSum] = {}
     last: tuple[Tensor, int] | None = None

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from isogrid.checkpoint import mark_structured
 from isogrid.compress.allocate import check_keep, refuse_explicit_sizes
+from isogrid.compress.batches import as_batches
 from isogrid.compress.blockwise import ByBlocks
-from isogrid.compress.calibrate import Moments, as_batches, evaluation_mode
+from isogrid.compress.calibrate import Moments, evaluation_mode
 from isogrid.compress.distill import Distillation, original_view
 from isogrid.compress.distill import distill as distill_model
 from isogrid.compress.layerwise import InOrder, Seen, fit_in_order, fit_layer
@@ -137,7 +138,7 @@ def compress(
     for name, module in layers.items():
         _check_weight(name, module)
     if not (calibration is None or isinstance(calibration, Moments)):
-        calibration = as_batches(calibration, tokenizer, length, training=trains)
+        calibration = as_batches(calibration, tokenizer, length, model=model, training=trains)
     timed: TimedPrices | None = None
     if given is not None:
         chosen, share = given, given.spent(layers)[1]

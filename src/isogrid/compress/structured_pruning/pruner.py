@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from isogrid.checkpoint import PrunedEntry, describe_pruned, mark_structured
-from isogrid.compress.calibrate import as_batches, collect_moments, evaluation_mode, forward_calls
+from isogrid.compress.batches import as_batches
+from isogrid.compress.calibrate import collect_moments, evaluation_mode, forward_calls
 from isogrid.compress.distill import distance, rows_of
 from isogrid.compress.milliseconds import one_row
 from isogrid.compress.structured_pruning.orders import How, Ordered, order_modules
@@ -97,7 +98,7 @@ class Pruner:
         self.model, self.how, self.seed, self.say = model, how or How(), seed, say
         every, refused = survey_coupled(model)
         self.modules = _selected(every, refused, select)
-        self.batches = as_batches(calibration, tokenizer, length, training=True)
+        self.batches = as_batches(calibration, tokenizer, length, model=model, training=True)
         self.inputs = one_row(self.batches) if inputs is None else inputs
         checks = (CHECKS if times is None else 0) if checks is None else checks
         if times is None:
