@@ -84,6 +84,24 @@ def test_the_plan_stays_within_the_limit_and_says_what_it_takes(times, fmt, allo
     assert "predicted" in str(report)
 
 
+def test_an_interrupted_plan_stays_the_plan_whatever_times_are_measured_then(times, monkeypatch, tmp_path):
+    found = []
+    for _ in range(2):
+        model = models.llama()
+        found.append(compress(model, "low_rank", budget=_budget(model), calibration=tokens(), resume=tmp_path))
+        monkeypatch.setattr(milliseconds, "_watched", _slower(milliseconds._watched))
+    assert [layer.format for layer in found[0].layers] == [layer.format for layer in found[1].layers]
+    assert found[0].predicted_milliseconds == found[1].predicted_milliseconds
+
+
+def _slower(watched):
+    def measured(*given):
+        own, rows, total = watched(*given)
+        return {name: 1.5 * taken for name, taken in own.items()}, rows, round(1.5 * total)
+
+    return measured
+
+
 def test_members_are_timed_once_for_a_shape(times):
     model = models.llama()
     compress(model, "low_rank", budget=_budget(model), calibration=tokens())

@@ -101,6 +101,7 @@ class ByBlocks:
             self._done.extend(known[0])
             if known[1] is not None:
                 self.reports.append(known[1])
+                self._trained += known[1].seconds
         else:
             self._fit(name, block, now, before, calls)
         for call in _calls(block, now, keep=True):

@@ -208,9 +208,7 @@ def fit_layer(
             lost = max(fitted.lower_bound**0.5 - aside, 0.0) ** 2
             least = min(reached, _relative(lost + upstream**2 * energy, energy))  # equal but for rounding
     layer = StructuredLinear.from_factors(fmt, factors, out_features, in_features, bias=new_bias)
-    layer.requires_grad_(linear.weight.requires_grad)
-    if bias is not None and layer.bias is not None:
-        layer.bias.requires_grad_(bias.requires_grad)
+    take_flags(layer, linear)
     layer.train(linear.training)
     held_error = None
     if seen is not None and metric is not None:
@@ -232,6 +230,14 @@ def fit_layer(
         bias_moved=moves_bias,
         seconds=time.perf_counter() - begun,
     )
+
+
+def take_flags(layer: StructuredLinear, linear: nn.Module) -> None:
+    """Train a layer's factors where the dense matrix, or what it is computed from, was trained; its bias likewise."""
+    bias = linear.bias
+    layer.requires_grad_(any(value.requires_grad for value in linear.parameters() if value is not bias))
+    if isinstance(bias, Tensor) and layer.bias is not None:
+        layer.bias.requires_grad_(bias.requires_grad)
 
 
 def _energy(matrix: Tensor, moment: Tensor) -> float:

@@ -140,23 +140,38 @@ def compress(
     if not (calibration is None or isinstance(calibration, Moments)):
         calibration = as_batches(calibration, tokenizer, length, model=model, training=trains)
     timed: TimedPrices | None = None
-    if given is not None:
-        chosen, share = given, given.spent(layers)[1]
-    else:
-        prices: Prices
-        if isinstance(budget, Milliseconds):
-            batches = calibration if isinstance(calibration, list) else None
-            prices = timed = TimedPrices(model, layers, budget, batches)
+    stored = budget if isinstance(budget, Budget) else None
+    prices: Prices = StoredPrices(layers, stored)
+    if isinstance(budget, Milliseconds) and given is None:
+        prices = timed = TimedPrices(model, layers, budget, calibration if isinstance(calibration, list) else None)
+    progress = None
+    if resume is not None:
+        if calibration is None or isinstance(calibration, Moments):
+            raise IsogridError("resume keeps blocks that were fitted on data: give calibration batches or texts")
+        asked: dict[str, Any] = {"layers": list(layers), "inputs": inputs, "anchor": anchor, "held_out": held_out}
+        asked |= {"refine": refinement, "seed": seed, "options": fit_options}
+        if given is not None:
+            asked["plan"] = {name: str(member) for name, member in given.members.items()}
+        else:
+            asked |= {"formats": formats, "keep": keep, "budget": stored or str(budget), "allocate": allocate}
+        progress = Progress(resume, fingerprint(model, calibration, asked))
+
+    def make_plan() -> Plan:
+        if given is not None:
+            given.spent(layers)  # a plan of other layers is refused before anything is kept
+            return given
+        if timed is not None and isinstance(budget, Milliseconds):
             limit, share = timed.limit(budget)
         else:
-            prices = StoredPrices(layers, budget)
-            limit, share = _limit(prices, keep, budget)
-        chosen = plan(
+            limit, share = _limit(prices, keep, stored)
+        found = plan(
             model, layers, formats, prices, limit, share, allocate=allocate, calibration=calibration, seed=seed
         )
-        if timed is not None:
-            chosen = dataclasses.replace(chosen, milliseconds=timed.predicted(chosen.members))
-            share = chosen.spent(layers)[1]
+        return found if timed is None else dataclasses.replace(found, milliseconds=timed.predicted(found.members))
+
+    chosen = make_plan() if progress is None else progress.plan(make_plan)
+    by_request = given is None and timed is None
+    share = _limit(prices, keep, stored)[1] if by_request else chosen.spent(layers)[1]
     report = CompressionReport(
         formats,
         share,
@@ -169,13 +184,6 @@ def compress(
     )
     if timed is not None and chosen.milliseconds is not None:
         report.predicted_speedup = timed.total / 1e6 / chosen.milliseconds
-    progress = None
-    if resume is not None:
-        if calibration is None or isinstance(calibration, Moments):
-            raise IsogridError("resume keeps blocks that were fitted on data: give calibration batches or texts")
-        asked: dict[str, Any] = {name: str(member) for name, member in chosen.members.items()}
-        asked |= {"inputs": inputs, "anchor": anchor, "held_out": held_out, "refine": refinement, "seed": seed}
-        progress = Progress(resume, fingerprint(model, calibration, asked | {"options": fit_options}))
 
     def fit(name: str, metric: Metric | None, seen: Seen | None = None) -> StructuredLinear:
         member = chosen.members[name]

@@ -1,4 +1,4 @@
-"""Finished blocks of a compression, kept on disk: an interrupted one goes on where it stopped.
+"""The plan and the finished blocks of a compression, kept on disk: an interrupted one goes on where it stopped.
 
 One safetensors file a block (factors, biases, trained vectors) and one JSON file beside it (formats and reports), both
 written whole or not at all. The folder belongs to one compression: its request, its data and the model's weights make a
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.layerwise import take_flags
+from isogrid.compress.plan import Plan
 from isogrid.compress.refine import BlockReport
 from isogrid.compress.summary import LayerReport
 from isogrid.errors import IsogridError
@@ -26,10 +28,10 @@ from isogrid.report import read_json, replace_file, write_json
 
 
 class Progress:
-    """Finished blocks in a folder.
+    """The plan and the finished blocks in a folder.
 
     Args:
-        folder: made when missing.
+        folder: made with the plan, when missing.
         fingerprint: of the compression (see `fingerprint`).
 
     Raises:
@@ -38,17 +40,22 @@ class Progress:
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder)
+        self._fingerprint = fingerprint
+        self._place = self.folder / "compression.json"
+        if self._place.is_file() and read_json(self._place).get("fingerprint") != fingerprint:
+            raise IsogridError(
+                f"{self.folder} holds finished blocks of another compression (other model, data or options); "
+                "give another folder, or delete it"
+            )
+
+    def plan(self, make: Callable[[], Plan]) -> Plan:
+        """The plan that was kept, or a new one, made and kept: times measured again would lead to another."""
+        if self._place.is_file():
+            return Plan.from_dict(read_json(self._place)["plan"])
+        made = make()
         self.folder.mkdir(parents=True, exist_ok=True)
-        place = self.folder / "compression.json"
-        if place.is_file():
-            known = read_json(place).get("fingerprint")
-            if known != fingerprint:
-                raise IsogridError(
-                    f"{self.folder} holds finished blocks of another compression (other model, data or options); "
-                    "give another folder, or delete it"
-                )
-        else:
-            write_json({"fingerprint": fingerprint}, place)
+        write_json({"fingerprint": self._fingerprint, "plan": made.to_dict()}, self._place)
+        return made
 
     def store(self, name: str, block: nn.Module, layers: Sequence[LayerReport], refined: BlockReport | None) -> None:
         """Keep a finished block: the JSON file comes last and says that the other is whole."""
@@ -95,7 +102,7 @@ class Progress:
             new = StructuredLinear.from_factors(
                 layer.format, own, layer.out_features, layer.in_features, bias=bias
             ).train(old.training)
-            new.requires_grad_(next(old.parameters()).requires_grad)
+            take_flags(new, old)
             block.set_submodule(inner, new)
         with torch.no_grad():
             for key, value in block.named_parameters():
