@@ -13,6 +13,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor, nn
 
@@ -39,10 +40,10 @@ class _Reference:
     errors: list[float]
 
     @classmethod
-    def of(cls, matrix: Tensor, metric: Metric | None) -> _Reference:
+    def of(cls, matrix: Tensor, metric: Metric | None, tails: Sequence[float]) -> _Reference:
         out_features, in_features = matrix.shape
         whole = squared_norm(widened(matrix), metric)
-        errors = [whole, *rank_errors(widened(matrix), metric)]
+        errors = [whole, *tails]
         # The last ranks' errors are rounding; a logarithm needs more.
         errors = [max(error, 1e-12 * whole, 1e-300) for error in errors]
         return cls([rank * (out_features + in_features - rank) for rank in range(len(errors))], errors)
@@ -84,8 +85,9 @@ class Curves:
         matrix = linear_matrix(self._layers[name]).detach()
         found: dict[Format, list[Option]] = {}
         spectra = self._spectra[name] = {}
+        tails = rank_errors(widened(matrix), metric)
         for fmt in self._formats:
-            spectrum = fmt.error_curve(widened(matrix), metric)
+            spectrum = fmt.error_curve(tails)
             if spectrum is not None:
                 spectra[fmt] = spectrum
                 step = -(-len(spectrum) // self._prices.sizes)
@@ -96,7 +98,7 @@ class Curves:
                 found[fmt] = [Option(one, self._prices.of(name, one), error) for one, error in members]
                 continue
             if name not in self._references:
-                self._references[name] = _Reference.of(matrix, metric)
+                self._references[name] = _Reference.of(matrix, metric, tails)
             if name in self._sampled:
                 probed = self._probe(fmt, matrix, metric, self._references[name])
                 self._ratios.setdefault((fmt, kind(name, matrix)), {})[name] = probed
@@ -207,6 +209,7 @@ def sampled(layers: Mapping[str, nn.Module]) -> set[str]:
     return found
 
 
+@cache
 def _member(fmt: Format, share: float, out_features: int, in_features: int) -> Format | None:
     try:
         return fmt.sized(out_features, in_features, Budget.keep(min(share, 1.0), out_features, in_features))

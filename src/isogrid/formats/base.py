@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -176,8 +176,8 @@ class Format(ABC):
         """A value below which no member's ``||(target - dense) M^½||_F²`` lies, float64; None: none is known."""
         return None
 
-    def error_curve(self, target: Tensor, metric: Metric | None) -> list[float] | None:
-        """Objectives of the fits of sizes 1, 2, … up to `size_limit`, float64; None where each size needs a fit."""
+    def error_curve(self, tails: Sequence[float]) -> list[float] | None:
+        """Objectives of the fits of sizes 1, 2, …, from `fitting.rank_errors`; None where each size needs a fit."""
         return None
 
     def _fit(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from isogrid.fitting import Metric, dominant_inputs, low_rank, rank_errors
+from isogrid.fitting import Metric, dominant_inputs, low_rank
 from isogrid.formats.base import Format
 from isogrid.formats.checks import require_rank, require_solver
 from isogrid.formats.factors import Factor, Factors
@@ -91,9 +91,9 @@ class LowRankLight(Format):
         std = math.sqrt(min(rank, out_features)) / rank
         normal_(factors["left"], std / math.sqrt(2) if doubled else std, generator)
 
-    def error_curve(self, target: Tensor, metric: Metric | None) -> list[float]:
+    def error_curve(self, tails: Sequence[float]) -> list[float]:
         """Tails of the whitened spectrum: one decomposition tells all ranks."""
-        return rank_errors(target, metric)
+        return list(tails)
 
     def solve(
         self, target: Tensor, metric: Metric | None, *, solver: str, generator: torch.Generator, **options: Any
