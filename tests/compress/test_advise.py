@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,11 +60,12 @@ def language_model():
 def test_a_stand_in_has_just_the_error_it_stands_for(part, rows, columns, seed):
     source = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, columns, generator=source)
-    metric = Metric.from_rows(torch.randn(40, columns, generator=source))
-    stand_in = StandIn.of(matrix, metric)
-    wanted = part * squared_norm(matrix.double(), metric)
-    found = squared_norm((matrix - stand_in.with_error(matrix, wanted)).double(), metric)
-    assert found == pytest.approx(wanted, rel=1e-3)
+    known = Metric.from_rows(torch.randn(40, columns, generator=source) + 2)
+    for has_bias, metric in ((False, known), (True, known.centred)):
+        stand_in = StandIn.of(matrix, known, has_bias=has_bias)
+        wanted = part * squared_norm(matrix.double(), metric)
+        found = squared_norm((matrix - stand_in.with_error(matrix, wanted)).double(), metric)
+        assert found == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_model_is_as_it_was_whatever_happens_inside():
@@ -92,7 +94,7 @@ def test_the_model_is_as_it_was_whatever_happens_inside():
 @pytest.fixture(scope="module")
 def advised():
     model = language_model()
-    data = told(model, 24)
+    data = told(model, 96)
     before = models.snapshot(model)
     advisor = Advisor(model, data, formats=("low_rank_light", "monarch"), efforts=EFFORTS)
     recipes = advisor.for_keep(0.6)
@@ -125,8 +127,20 @@ def test_a_stored_recipe_is_the_same(advised):
 
 def test_predictions_fall_with_size(advised):
     advisor = advised[2]
-    gaps = [advisor.predict(advisor.plan(keep), EFFORTS[0]).predicted.gap for keep in (0.4, 0.6, 0.8)]
+    recipes = [advisor.predict(advisor.plan(keep), EFFORTS[0]) for keep in (0.4, 0.6, 0.8)]
+    gaps = [recipe.predicted.gap for recipe in recipes]
     assert gaps == sorted(gaps, reverse=True)
+    # The time is that of following the plan: nothing is surveyed again.
+    assert recipes[0].predicted.seconds == advisor._effect(recipes[0].plan, EFFORTS[0])[1]
+
+
+def test_sizes_that_are_no_compression_are_refused(advised):
+    advisor = advised[2]
+    for limit in (0, 10**9):
+        with pytest.raises(IsogridError, match=f"the limit is {limit}, the selected matrices take .* give less"):
+            advisor.for_limit(limit)
+    with pytest.raises(IsogridError, match="between 0 and 1"):
+        advisor.for_keep(1)
 
 
 def test_the_smallest_model_within_a_gap(advised):
@@ -149,6 +163,8 @@ def test_encoders_are_measured_by_their_outputs():
     data = [models.padded_batch(seed) for seed in range(10)]
     advisor = Advisor(model, data, formats=[LowRankLight()], efforts=EFFORTS[:2], unit=Budget(bytes=0))
     assert advisor.unit_of_gap == "squared relative error of outputs"
+    assert all(one.mean is not None for one in advisor._stand_ins.values()), "their biases take up mean errors"
+    assert advisor._held == [data[5]], "from the middle: texts come sorted by their length"
     limit = sum(linear.weight.nbytes for linear in select_layers(model).values()) // 2
     for recipe in advisor.for_limit(limit):
         smaller = copy.deepcopy(model)
@@ -179,13 +195,28 @@ def test_token_loss_leaves_padding_out():
     found = _token_loss(output, {"input_ids": ids, "attention_mask": mask})
     assert found == pytest.approx(float(torch.cat(rows).mean()), rel=1e-5)
     assert math.isfinite(found)
+    assert _token_loss(SimpleNamespace(logits=output.logits[..., :3]), {"input_ids": ids}) is None
     assert _token_loss(models.bert()(input_ids=ids), {"input_ids": ids}) is None
+
+
+def test_guesses_of_masked_tokens_are_no_next_tokens():
+    model = models.bert_masked()
+    data = [models.padded_batch(seed) for seed in range(6)]
+    advisor = Advisor(model, data, formats=[LowRankLight()], efforts=EFFORTS[:1])
+    assert advisor.unit_of_gap == "nats a prediction"
+    assert advisor.for_keep(0.5)[0].predicted.gap > advisor.for_keep(0.9)[0].predicted.gap > 0
 
 
 def test_bad_input():
     model = language_model()
-    with pytest.raises(IsogridError, match="got 1 batch; give more"):
+    with pytest.raises(IsogridError, match="got 1 of 3 batches; give more"):
         Advisor(model, told(model, 1))
+    with pytest.raises(IsogridError, match="trains on two others, got 2 of 3 batches; give more"):
+        Advisor(model, told(model, 2))
+    nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(IsogridError, match=r"'model\.layers\.1\.mlp\.up_proj': its weight is computed"):
+        Advisor(model, told(model))
+    model = language_model()
     plan = Plan({"elsewhere": LowRank(2)}, (LowRank(),))
     with pytest.raises(IsogridError, match="the plan doesn't know it"):
         compress(model, plan)

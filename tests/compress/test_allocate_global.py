@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from contextlib import suppress
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress, select_layers
-from isogrid.compress import as_candidates
+from isogrid import BudgetError, IsogridError, LowRank, LowRankLight, Metric, Monarch, compress
+from isogrid.compress import as_candidates, curves
 from isogrid.compress.allocate import Option, choose, lagrangian_bound, water_fill
 from isogrid.compress.curves import Curves, error_curve, sampled
-from isogrid.compress.sensitivity import loss_weights
-from isogrid.fitting import squared_norm
+from isogrid.fitting import rank_errors, squared_norm
 from isogrid.formats import Budget, Dense
-from tests import models
 
 F64 = torch.float64
 SPECTRA = {"a": ((8, 8), 10, 1), "b": ((8, 16), 4, 2), "c": ((16, 8), 1, 0.5)}
@@ -109,61 +106,6 @@ def test_curves_are_the_errors_of_fits():
             error = squared_norm(matrix - one.format.dense(factors, 12, 10), metric)
             # Between the probed sizes of a format without a closed curve, errors are interpolated.
             assert one.error == pytest.approx(error, rel=1e-6 if fmt.name != "monarch" else 0.5, abs=1e-9)
-
-
-def test_weights_are_the_rise_of_the_loss():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double()
-    batches = [torch.randn(4000, 6, dtype=F64)]
-    weights = loss_weights(model, {"0": model[0], "1": model[1]}, batches)
-    # With standard normal cotangents g = Wᵀ z, E ||g||² = ||W||² at the first layer, m at the last.
-    assert weights["1"] == pytest.approx(0.5, rel=0.05)
-    assert weights["0"] == pytest.approx(float(model[1].weight.detach().square().sum()) / 10, rel=0.05)
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_single_logit_has_weights_too():
-    model, data = models.bert_scorer(), [models.padded_batch(seed) for seed in range(4)]
-    weights = loss_weights(model, select_layers(model), data)
-    assert len(set(weights.values())) == len(weights)
-    assert min(weights.values()) > 0
-
-
-def test_what_stands_at_padding_has_no_weight():
-    model, batch = models.bert_masked(), models.padded_batch()
-    other = dict(batch, input_ids=torch.where(batch["attention_mask"] == 1, batch["input_ids"], 7))
-    one, two = (loss_weights(model, select_layers(model), [data]) for data in (batch, other))
-    assert two == pytest.approx(one, rel=1e-4)
-
-
-class Experts(nn.Module):
-    """A row of sixteen goes to one layer, the others to another."""
-
-    def __init__(self, outputs=5):
-        super().__init__()
-        self.rare, self.usual = nn.Linear(6, outputs), nn.Linear(6, outputs)
-
-    def forward(self, x):
-        rare = torch.arange(len(x)) % 16 == 0
-        return torch.zeros(len(x), 5).index_put((rare,), self.rare(x[rare])).index_put((~rare,), self.usual(x[~rare]))
-
-
-def test_an_expert_weighs_as_much_as_the_tokens_it_sees():
-    model = Experts()
-    weights = loss_weights(model, dict(model.named_children()), [torch.randn(8000, 6)])
-    assert weights["rare"] == pytest.approx(0.5 / 16, rel=0.1)
-    assert weights["usual"] == pytest.approx(0.5 * 15 / 16, rel=0.05)
-
-
-def test_a_single_logit_is_a_number_to_come_near():
-    class Scored(nn.Sequential):
-        def forward(self, x):
-            return SimpleNamespace(logits=super().forward(x))
-
-    model = Scored(nn.Linear(6, 5), nn.Linear(5, 1))
-    weights = loss_weights(model, dict(model.named_children()), [torch.randn(4000, 6)])
-    assert weights["1"] == pytest.approx(0.5, rel=0.1)
-    assert weights["0"] == pytest.approx(float(model[1].weight.detach().square().sum()) / 10, rel=0.1)
 
 
 def unequal():
@@ -327,6 +269,16 @@ def test_one_budget_over_several_formats_is_never_worse_than_the_best_of_them():
         assert report.least_rise <= report.predicted_rise * (1 + 1e-9)
     assert reached["low_rank+monarch"] < 0.9 * min(reached["low_rank"], reached["monarch"])
     assert predicted["low_rank+monarch"] <= min(predicted["low_rank"], predicted["monarch"])
+
+
+def test_one_decomposition_tells_all_low_ranks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(curves, "rank_errors", lambda *of: asked.append(of) or rank_errors(*of))
+    model = unequal()
+    found = Curves({"0": model[0]}, [LowRank(), LowRankLight(), Monarch(2)])
+    found.visit("0", None)
+    assert len(asked) == 1
+    assert {one.format.name for one in found.of("0")} == {"low_rank", "low_rank_light", "monarch", "dense"}
 
 
 def test_curves_of_a_kind_come_from_its_samples():

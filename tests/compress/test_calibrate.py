@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from isogrid import IsogridError, collect_moments, select_layers
+from isogrid import IsogridError, LowRank, collect_moments, compress, select_layers
 from isogrid.compress.calibrate import MomentSum
 from tests import models
 
@@ -214,6 +214,21 @@ def test_not_finite_inside_the_model_names_the_first_layer_that_sees_it():
 
 
 # ---- what calibration leaves behind -------------------------------------------------------------------------------
+
+
+def test_layers_of_weights_that_are_computed():
+    """What a parametrization computes is fitted, and it goes with its layer."""
+    data, found = models.feature_batch(), {}
+    for computed in (False, True):
+        model = models.mlp().train()
+        if computed:
+            nn.utils.parametrizations.weight_norm(model[0])
+        report = compress(model, LowRank(), keep=0.5, calibration=[data], allocate="global")
+        assert {layer.name for layer in report.layers} == {"0", "2", "4"}
+        assert all(module.training for module in model.modules())
+        assert all(value.requires_grad for value in model.parameters())
+        found[computed] = models.output(model, data)
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fails", [False, True])

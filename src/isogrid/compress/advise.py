@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isogrid.compress.allocate import check_keep
 from isogrid.compress.batches import as_batches
 from isogrid.compress.blockwise import enclosing_blocks
 from isogrid.compress.calibrate import evaluation_mode, forward_calls
@@ -31,6 +32,7 @@ from isogrid.compress.select import select_layers
 from isogrid.compress.stand_ins import StandIn, standing_in
 from isogrid.compress.summary import stored_bytes
 from isogrid.errors import BudgetError, IsogridError
+from isogrid.evaluation import is_language_model
 from isogrid.fitting import Metric
 from isogrid.formats import Budget, Dense, Format, as_format
 from isogrid.linear import linear_matrix
@@ -64,7 +66,8 @@ class Advisor:
         say: told what is being measured.
 
     Raises:
-        IsogridError: bad input, as in `compress`; fewer than two batches.
+        IsogridError: bad input, as in `compress`; fewer than two batches, or three where an effort trains; a weight
+            that is computed from others.
     """
 
     def __init__(
@@ -86,38 +89,68 @@ class Advisor:
         self._formats = as_candidates([as_format(one) for one in formats])
         self._layers = select_layers(model, select, skip)
         self._batches = as_batches(calibration, tokenizer, length, model=model, training=True)
-        if len(self._batches) < 2:
-            raise IsogridError(f"advise measures on a part of the data, got {len(self._batches)} batch; give more")
-        count = max(round(HELD_OUT * len(self._batches)), 1)
-        self._held, known = self._batches[-count:], self._batches[:-count]
+        self._check(trains=any(one.refine or one.distill for one in self._efforts))
+        whole = len(self._batches)
+        count = max(round(HELD_OUT * whole), 1)
+        held = {(2 * place + 1) * whole // (2 * count) for place in range(count)}  # texts come sorted by their length
+        self._held = [batch for place, batch in enumerate(self._batches) if place in held]
+        self._known = [batch for place, batch in enumerate(self._batches) if place not in held]
         self._stand_ins: dict[str, StandIn] = {}
         self._effects: dict[tuple[tuple[Format, ...], str, int], tuple[float, float]] = {}
         self._wanted: list[Any] = []
         self._points: list[tuple[float, float]] = []
-        begun = time.perf_counter()
+        self._plans_within: dict[int, list[Plan]] = {}
         say(f"surveying {len(self._layers)} layers in {len(self._formats)} formats")
         self._survey = Survey(self._layers, self._formats, StoredPrices(self._layers, unit))
-        self._survey.measure(model, known, self._also)
-        self._survey.weigh(model, known, seed)
-        self._survey_seconds = time.perf_counter() - begun
+        self._survey.measure(model, self._known, self._also)
+        self._survey.weigh(model, self._known, seed)
         self._dense_loss = self._measured(model)
-        self._dense_cost = sum(of[-1].cost for of in self._survey.options().values())
+        self._dense_cost = self._survey.prices.whole()
+
+    def _check(self, *, trains: bool) -> None:
+        least = 3 if trains else 2
+        if len(self._batches) < least:
+            raise IsogridError(
+                f"advise measures on a part of the data{' and trains on two others' if trains else ''}, got "
+                f"{len(self._batches)} of {least} batches; give more"
+            )
+        for name, layer in self._layers.items():
+            if "weight" not in dict(layer.named_parameters(recurse=False)):
+                raise IsogridError(
+                    f"layer {name!r}: its weight is computed from other parameters and can't be tried out; make it a "
+                    "parameter (torch.nn.utils.parametrize.remove_parametrizations) or skip the layer"
+                )
 
     @property
     def unit_of_gap(self) -> str:
         """What gaps of this model are counted in."""
-        return "nats a token" if self._wanted[0] is None else "squared relative error of outputs"
+        if self._wanted[0] is None:
+            return "nats a token"
+        logits = getattr(self._wanted[0], "logits", None)
+        scores = isinstance(logits, Tensor) and logits.shape[-1] > 1  # as `distance` compares them
+        return "nats a prediction" if scores else "squared relative error of outputs"
 
     def for_keep(self, keep: float) -> list[Recipe]:
         """One recipe an effort for a share of the dense cost, the best format choice in each, the smallest gap first.
 
         Raises:
+            IsogridError: keep is no fraction in (0, 1).
             BudgetError: no format is that small.
         """
+        check_keep(keep)
         return self.for_limit(math.floor(keep * self._dense_cost * (1 + 1e-12)))
 
     def for_limit(self, limit: int) -> list[Recipe]:
-        """The same for an amount in the advisor's unit."""
+        """The same for an amount in the advisor's unit.
+
+        Raises:
+            IsogridError: not above 0 and below what the dense matrices take.
+            BudgetError: no format is that small.
+        """
+        if not 0 < limit < self._dense_cost:
+            raise IsogridError(
+                f"the limit is {limit}, the selected matrices take {self._dense_cost}: give less, above 0"
+            )
         plans = self._plans(limit)
         found = [self.predict(_finest(plans), effort) for effort in self._efforts]
         return sorted(found, key=lambda one: one.predicted.gap)
@@ -143,7 +176,6 @@ class Advisor:
     def _recipe(self, plan: Plan, effort: Effort, effect: float, seconds: float) -> Recipe:
         parameters, keep = plan.spent(self._layers)
         gap = effect * self._response(_rise(plan))
-        seconds += self._survey_seconds
         return Recipe(effort, plan, Prediction(parameters.limit, keep, self._model_bytes(plan), gap, seconds))
 
     def plan(self, keep: float, formats: Sequence[Format | str] | None = None) -> Plan:
@@ -152,6 +184,11 @@ class Advisor:
         return self._survey.best(math.floor(keep * self._dense_cost * (1 + 1e-12)), keep, chosen)
 
     def _plans(self, limit: int) -> list[Plan]:
+        if limit not in self._plans_within:
+            self._plans_within[limit] = self._planned(limit)
+        return self._plans_within[limit]
+
+    def _planned(self, limit: int) -> list[Plan]:
         share = limit / self._dense_cost
         choices: list[tuple[Format, ...]] = [(one,) for one in self._formats]
         if len(self._formats) > 1:
@@ -200,7 +237,9 @@ class Advisor:
 
     def _also(self, name: str, metric: Metric | None) -> None:
         """Part of the survey: keep what a layer's stand-ins are made of."""
-        self._stand_ins[name] = StandIn.of(linear_matrix(self._layers[name]).detach(), metric)
+        layer = self._layers[name]
+        has_bias = getattr(layer, "bias", None) is not None
+        self._stand_ins[name] = StandIn.of(linear_matrix(layer).detach(), metric, has_bias=has_bias)
 
     def _response(self, rise: float) -> float:
         """The real rise of the loss where the predicted one is this: a line in the logarithms between two measured."""
@@ -245,7 +284,7 @@ class Advisor:
         with evaluation_mode(model):
             for place, run in enumerate(forward_calls(model, self._held)):
                 found, batch = run(), self._held[place]
-                loss = _token_loss(found, batch)
+                loss = _token_loss(found, batch) if is_language_model(model) else None
                 if first:  # the dense model
                     self._wanted.append(found if loss is None else None)
                 total += float(distance(found, self._wanted[place], batch)) if loss is None else loss
@@ -255,7 +294,7 @@ class Advisor:
 
     def _effect(self, plan: Plan, effort: Effort) -> tuple[float, float]:
         """(part of the stand-ins' rise that is left under an effort, seconds of the whole compression)."""
-        key = (plan.formats, effort.name, round(math.log2(_rise(plan))))
+        key = (plan.formats, effort.name, round(math.log2(max(_rise(plan), 1e-12))))
         if key not in self._effects:
             blocks = list(enclosing_blocks(self._model, self._layers).values())
             count = min(PROBED_BLOCKS, len(blocks))
@@ -267,7 +306,7 @@ class Advisor:
             report = compress(
                 trial,
                 Plan({name: plan.members[name] for name in names}, plan.formats, plan.allocation),
-                calibration=self._batches[: -len(self._held)],
+                calibration=self._known,
                 anchor=effort.anchor,
                 refine=effort.refine,
                 distill=effort.distill,
@@ -297,7 +336,7 @@ def _token_loss(output: Any, batch: Any) -> float | None:
     ids = batch if isinstance(batch, Tensor) else batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(logits, Tensor) or not isinstance(ids, Tensor) or ids.is_floating_point():
         return None
-    if logits.shape[:-1] != ids.shape or ids.ndim != 2 or ids.shape[1] < 2:
+    if logits.shape[:-1] != ids.shape or ids.ndim != 2 or ids.shape[1] < 2 or ids.max() >= logits.shape[-1]:
         return None
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     real = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask[:, 1:] != 0

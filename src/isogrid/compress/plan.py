@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from isogrid.formats import Budget, Format, as_format
 LEAST_SHARE = 0.3
 SENSITIVITY_ROWS = 8
 SENSITIVITY_TOKENS = 256
+MOST_ROWS = SENSITIVITY_ROWS * SENSITIVITY_TOKENS
 Visit = Callable[[str, Metric | None], None]
 ALLOCATIONS = ("uniform", "global", "water_filling", "welore")
 
@@ -128,13 +130,12 @@ class Survey:
         Args:
             model: the dense model; it is not changed.
             calibration: batches or moments; None: errors of the matrices alone.
-            also: called with each layer's name and metric (None where no data reaches it).
+            also: called with each layer's name and metric, not centred (None where no data reaches it).
         """
 
         def visit(name: str, metric: Metric | None) -> None:
-            if metric is not None and getattr(self.layers[name], "bias", None) is not None:
-                metric = metric.centred
-            self.curves.visit(name, metric)
+            has_bias = getattr(self.layers[name], "bias", None) is not None
+            self.curves.visit(name, metric.centred if has_bias and metric is not None else metric)
             self._seen.add(name)
             if also is not None:
                 also(name, metric)
@@ -270,7 +271,15 @@ def check_allocation(allocate: str, formats: Sequence[Format], calibration: Any)
 
 
 def few(batches: list[Any]) -> list[Any]:
-    """Eight windows one by one, long ones in pieces: a backward pass holds all activations at once."""
+    """Eight windows one by one, long ones in pieces: a backward pass holds all activations at once.
+
+    A row of features says as much as a token does: as many are taken.
+    """
+    tensors = [batch for batch in batches if isinstance(batch, Tensor)]
+    if tensors and tensors[0].ndim == 2 and tensors[0].is_floating_point():
+        pieces = [piece for batch in tensors for piece in batch.split(SENSITIVITY_TOKENS)]
+        ends = itertools.accumulate(len(piece) for piece in pieces)
+        return [piece for piece, end in zip(pieces, ends, strict=True) if end - len(piece) < MOST_ROWS]
     single = [row for batch in batches[:SENSITIVITY_ROWS] if isinstance(batch, Tensor) for row in batch.split(1)]
     if not single:
         return batches[:SENSITIVITY_ROWS]

@@ -46,8 +46,8 @@ class Prediction:
         parameters: of the selected matrices; exact.
         keep: the same as a fraction of the dense ones.
         model_bytes: of the whole model's tensors; exact.
-        gap: rise of the loss: nats a token on the calibration's own kind of text for language models, the outputs'
-            mean squared relative error for others.
+        gap: rise of the loss: nats a token on the calibration's own kind of text for language models; for others the
+            divergence from the dense model's predictions, or without logits the outputs' mean squared relative error.
         seconds: of the compression.
     """
 
@@ -86,6 +86,20 @@ class Recipe:
     def options(self) -> dict[str, Any]:
         """What `compress` is given beside the model, the plan and the calibration data."""
         return {"anchor": self.effort.anchor, "refine": self.effort.refine, "distill": self.effort.distill}
+
+    def told(self, *keys: str) -> list[Any]:
+        """What the recipe tells of its calibration.
+
+        Raises:
+            IsogridError: it doesn't tell all of these; names the first.
+        """
+        for key in keys:
+            if key not in self.calibration:
+                raise IsogridError(
+                    f"the recipe's calibration tells no {key!r}; isogrid advise writes it, or follow the recipe from "
+                    "Python: compress(model, recipe.plan, calibration=…, **recipe.options())"
+                )
+        return [self.calibration[key] for key in keys]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, read back by `from_dict`."""

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from isogrid.errors import IsogridError
 from isogrid.linear import StructuredLinear, is_linear, linear_matrix
@@ -93,7 +94,9 @@ def _in_blocks(model: Any, linear: dict[str, nn.Module]) -> list[str]:
     """Layers inside repeated blocks; all of them where there are no blocks. Output heads stay out."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     blocks = tuple(
-        f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not isinstance(module, ParametrizationList)
     )
     # A model whose blocks are compressed already has blocks: its heads are no less heads for that.
     inside = [name for name in linear if not blocks or name.startswith(blocks)]

@@ -43,7 +43,8 @@ def loss_weights(
 
     def watch(name: str) -> Any:
         def on_output(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            if not output.requires_grad:  # the first layer on the way: from here on gradients are recorded
+            first = not output.requires_grad  # on the way: from here on gradients are recorded
+            if first:
                 output = output.detach().requires_grad_()
 
             def on_gradient(gradient: Tensor) -> None:
@@ -51,7 +52,7 @@ def loss_weights(
                 squares[name] += float(kept.square().sum(dtype=torch.float64))
 
             output.register_hook(on_gradient)
-            return output
+            return output.clone() if first else output  # an activation may change it in place, but no leaf
 
         return on_output
 

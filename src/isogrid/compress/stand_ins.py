@@ -33,12 +33,13 @@ class StandIn:
     mean: Tensor | None
 
     @classmethod
-    def of(cls, matrix: Tensor, metric: Metric | None) -> StandIn:
-        """The stand-in of a layer's ``(out, in)`` matrix under the metric of its inputs."""
+    def of(cls, matrix: Tensor, metric: Metric | None, *, has_bias: bool = False) -> StandIn:
+        """The stand-in of a layer's ``(out, in)`` matrix under the metric of its inputs; a bias takes up means."""
+        mean = None if metric is None or metric.mean is None else metric.mean.to(torch.float32)
+        metric = metric.centred if metric is not None and has_bias else metric
         weighted = widened(matrix) if metric is None else widened(matrix).to(metric.root) @ metric.root
         u, sigma, _ = truncated_svd(weighted, min(weighted.shape))
         tails = sigma.square().flip(0).cumsum(0).flip(0).tolist()
-        mean = None if metric is None or metric.mean is None else metric.mean.to(torch.float32)
         return cls(u.to(torch.float32), [*tails, 0.0], mean)
 
     def with_error(self, matrix: Tensor, error: float) -> Tensor:

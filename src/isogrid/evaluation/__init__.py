@@ -14,7 +14,7 @@ from isogrid.evaluation.latency import (
 )
 from isogrid.evaluation.mode import evaluating
 from isogrid.evaluation.peak import peak_step_bytes, saved_bytes, training_peak_bytes
-from isogrid.evaluation.perplexity import Perplexity, perplexity
+from isogrid.evaluation.perplexity import Perplexity, is_language_model, perplexity
 from isogrid.evaluation.sts import embed_sentences, spearman, sts_spearman
 from isogrid.evaluation.tuning import TUNED_ROWS, cold_copies, compare, tune, tune_layers
 
@@ -32,6 +32,7 @@ __all__ = [
     "heatmaps",
     "interleaved_medians",
     "interleaved_times",
+    "is_language_model",
     "median_interval",
     "peak_memory_bytes",
     "peak_step_bytes",

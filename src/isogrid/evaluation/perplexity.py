@@ -32,6 +32,11 @@ class Perplexity:
     seconds: float
 
 
+def is_language_model(model: Any) -> bool:
+    """Whether the model predicts next tokens."""
+    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
 def perplexity(
     model: nn.Module,
     windows: Tensor,

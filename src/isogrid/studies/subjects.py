@@ -19,7 +19,7 @@ from isogrid.data import (
     token_windows,
 )
 from isogrid.errors import IsogridError
-from isogrid.evaluation import heatmap_fidelity, perplexity, sts_spearman
+from isogrid.evaluation import heatmap_fidelity, is_language_model, perplexity, sts_spearman
 
 METRICS = ("perplexity", "sts", "heatmap")
 
@@ -109,11 +109,6 @@ def timed_inputs(model: Any, tokens: int, rows: int = 1) -> Any:
             f"a pass of {tokens} tokens is to be timed, beyond the model's {longest} positions; take fewer"
         )
     return torch.randint(vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(0))
-
-
-def is_language_model(model: Any) -> bool:
-    """Whether the model predicts next tokens."""
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def is_saliency_model(model: Any) -> bool:
