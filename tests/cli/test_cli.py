@@ -134,6 +134,7 @@ def test_bad_input_ends_with_one_line_and_writes_nothing(monkeypatch, capsys, tm
     [
         (["advise", "--target", "2"], "--target is a share of the parameters in (0, 1), got 2"),
         (["advise", "--gap", "-1"], "--gap is above 0, got -1"),
+        (["advise", "--bytes", "1000000000"], "--bytes 1000000000: the selected matrices take 61440; give less"),
         (["evaluate", "--metric", "sts"], "LlamaForCausalLM embeds no sentences; --metric sts takes an encoder"),
         (
             ["prune", "--tokens", "4096", "--out", "x"],
@@ -176,15 +177,23 @@ def test_a_folder_that_is_no_model(monkeypatch, capsys, tmp_path):
 def test_advice_is_followed(monkeypatch, capsys, tmp_path, model_folder, text_file):
     args = ("--calibrate", text_file, "--length", 32, "--windows", 16, "--format", "low_rank_light", "--quick")
     code, printed, said = run(
-        monkeypatch, capsys, "advise", model_folder, *args, "--target", 0.7, "--out", tmp_path / "advice", "--json"
-    )
+        monkeypatch, capsys, "advise", model_folder, *args, "--target", 0.7, "--data", tmp_path,
+        "--out", tmp_path / "advice", "--json",
+    )  # fmt: skip
     assert code == 0, said
     recipes = json.loads(printed)["recipes"]
+    assert all(one["command"].endswith(f"--data {tmp_path}") for one in recipes)
     assert len(recipes) == 3
     place = 1 + next(i for i, one in enumerate(recipes) if one["recipe"].endswith("one shot"))
     recipe = tmp_path / f"advice/recipe-{place}.json"
     out = tmp_path / "small"
-    code, printed, said = run(monkeypatch, capsys, "compress", model_folder, "--recipe", recipe, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            sys.modules["isogrid.compress"],
+            "estimate_seconds",
+            lambda *_, **__: pytest.fail("the recipe tells the time"),
+        )
+        code, printed, said = run(monkeypatch, capsys, "compress", model_folder, "--recipe", recipe, "--out", out)
     assert code == 0, said
     predicted = recipes[place - 1]
     assert f"predicted keep {predicted['keep']:.4f}, {predicted['model_bytes']} bytes" in printed
@@ -201,6 +210,11 @@ def test_advice_is_followed(monkeypatch, capsys, tmp_path, model_folder, text_fi
     both = json.loads(printed)
     assert both["gap"] == pytest.approx(found[out] - found[model_folder])
     assert both["predicted_gap"] == predicted["gap"]
+    stored = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps(stored | {"calibration": {}}))
+    code, _, said = run(monkeypatch, capsys, "compress", model_folder, "--recipe", recipe, "--out", tmp_path / "x")
+    assert code == 2
+    assert "the recipe's calibration tells no 'source'" in said
     code, _, said = run(monkeypatch, capsys, "advise", model_folder, "--target", 0.7, "--gap", 0.3)
     assert code == 2
     assert "one of --target, --bytes and --gap" in said

@@ -48,7 +48,8 @@ def advise(
     from rich.table import Table
 
     from isogrid.cli.source import open_model, widest_dtype
-    from isogrid.compress import AUTO, Advisor, Recipe
+    from isogrid.compress import AUTO, Advisor, Recipe, select_layers
+    from isogrid.compress.prices import StoredPrices
     from isogrid.formats import Budget
     from isogrid.report import format_bytes, format_duration, write_json
     from isogrid.studies.subjects import calibration_data
@@ -63,8 +64,12 @@ def advise(
     loaded, tokenizer = open_model(model)
     windows = min(windows, 8) if quick else windows
     source = {"source": calibrate, "windows": windows, "length": length, "select": select, "skip": skip, "seed": seed}
-    found = calibration_data(calibrate, loaded, tokenizer, windows=windows, length=length, data_dir=data)
     unit = None if max_bytes is None else Budget(bytes=0, dtype=widest_dtype(loaded))
+    if max_bytes is not None:
+        whole = StoredPrices(select_layers(loaded, select, skip or ()), unit).whole()
+        if max_bytes >= whole:
+            raise IsogridError(f"--bytes {max_bytes}: the selected matrices take {whole}; give less")
+    found = calibration_data(calibrate, loaded, tokenizer, windows=windows, length=length, data_dir=data)
     advisor = Advisor(
         loaded,
         found,
@@ -89,6 +94,7 @@ def advise(
         described = Recipe(recipe.effort, recipe.plan, recipe.predicted, source).to_dict() | {"model": model}
         write_json(described, file)
         command = ["isogrid", "compress", model, "--recipe", str(file), "--out", f"compressed-{place}"]
+        command += [] if data is None else ["--data", str(data)]
         rows.append({"recipe": recipe.label, **recipe.predicted.to_dict(), "command": shlex.join(command)})
     if as_json:
         console.print_json(json.dumps({"model": model, "rise": advisor.unit_of_gap, "recipes": rows}))

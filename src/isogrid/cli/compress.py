@@ -107,9 +107,8 @@ def compress(
     keep = 0.6 if keep is None else keep
     followed = None if recipe is None else Recipe.read(recipe)
     if followed is not None:
-        known = followed.calibration
-        calibrate, windows, length, seed = (known[key] for key in ("source", "windows", "length", "seed"))
-        select, skip = known["select"], known["skip"]
+        calibrate, windows, length, seed = followed.told("source", "windows", "length", "seed")
+        select, skip = followed.told("select", "skip")
         formats, anchor, quick, held_out = followed.plan.formats, followed.effort.anchor, False, 0.0
         keep = followed.predicted.keep
     else:
@@ -140,14 +139,13 @@ def compress(
     trains: dict[str, Any] = {"refine": refine, "distill": distill}
     if followed is not None:
         trains = {"refine": followed.effort.refine, "distill": followed.effort.distill}
-    estimate = 60 * ((refine or 0.0) + (distill or 0.0))
-    for fmt in formats:  # each candidate is fitted somewhere
+    estimate = 60 * ((refine or 0.0) + (distill or 0.0)) if followed is None else followed.predicted.seconds
+    for fmt in formats if followed is None else ():  # each candidate is fitted somewhere
         try:
             sized = allocate_uniform(layers, fmt, keep)
         except BudgetError:  # another candidate, or another allocation, may be smaller
             continue
         estimate += estimate_seconds(layers, sized, calibration_tokens=tokens)
-    estimate = estimate if followed is None else followed.predicted.seconds
     label = " or ".join(fmt.label() for fmt in formats)
     notes.print(f"{len(layers)} layers as {label}; about {format_duration(estimate)}", highlight=False)
     begun = time.perf_counter()
