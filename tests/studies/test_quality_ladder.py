@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -60,6 +62,30 @@ def test_only_some_formats(tmp_path, monkeypatch):
     ]  # fmt: skip
     with pytest.raises(IsogridError, match="no row of 'hashing'; it has low_rank, low_rank_light"):
         run_quality_ladder(tmp_path, part="stories", methods=["hashing"], quick=True)
+
+
+def test_the_distilled_row_begins_with_its_own_refined_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality_ladder, "stories_subject", small_subject)
+    monkeypatch.setattr(quality_ladder, "RUNGS", RUNGS[4:])
+
+    def qualities(seed):
+        result = run_quality_ladder(
+            tmp_path, part="stories", methods=["low_rank_light"], quick=True, seed=seed, say=lambda _: None
+        )
+        return [row["quality"] for row in result["rows"]]
+
+    found = qualities(0)
+    assert qualities(1) != found  # another run beside it
+    for path in (tmp_path / "runs").rglob("*distillation*.json"):
+        path.unlink()
+    assert qualities(0) == found
+    for path in (tmp_path / "runs").rglob("*distillation*.json"):
+        path.unlink()
+    for path in (tmp_path / "runs").rglob("*refinement*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+    assert qualities(0) == found
 
 
 def test_parts_are_what_the_text_says():

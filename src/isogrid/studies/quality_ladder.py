@@ -36,7 +36,7 @@ from isogrid.data import load_pretrained, load_stories260k, load_text, token_win
 from isogrid.errors import IsogridError
 from isogrid.evaluation import forget_peak_memory, peak_memory_bytes, perplexity
 from isogrid.report import progress, write_report
-from isogrid.studies.rows import Say, gap, heading, remembered, row_of
+from isogrid.studies.rows import Say, gap, heading, remembered, row_of, stored_row, unmistakable
 
 ALLOCATED, REFINED, DISTILLED = "+ allocation", "+ refinement", "+ distillation"
 RUNGS = ("plain", "whitened", "anchored", ALLOCATED, REFINED, DISTILLED)
@@ -189,6 +189,9 @@ def run_quality_ladder(
             "other_quality": perplexity(model, subject.other).perplexity,
         }
 
+    def kept(one: Rung) -> Path:
+        return runs / unmistakable(one.key, settings)
+
     def dense_row() -> dict[str, Any]:
         return {
             "label": "Dense",
@@ -229,15 +232,17 @@ def run_quality_ladder(
         found["blocks"] = [block.to_dict() for block in report.blocks]
         found["peak_memory"] = peak_memory_bytes()
         if one.rung == REFINED:
-            save(smaller, runs / one.key)  # the next rung begins here
+            save(smaller, kept(one))  # the next rung begins here
         return found
 
     def distilled(one: Rung) -> dict[str, Any]:
         """The rung before, and one step more: what `compress` does with ``refine`` and ``distill`` together."""
         before = dataclasses.replace(one, rung=REFINED)
         found = dict(remembered(runs, before.key, settings, partial(row, before)))
+        if not kept(before).is_dir():  # the row came without its model
+            found = stored_row(runs, before.key, settings, row(before))
         forget_peak_memory()
-        smaller = load(runs / before.key).eval()
+        smaller = load(kept(before)).eval()
         batches = as_batches(subject.calibration, training=True)
         reached = distill(smaller, subject.model, batches, subject.distillation, seed=seed)
         found |= measured(smaller) | {"rung": one.rung, "distilled": dict(vars(reached))}

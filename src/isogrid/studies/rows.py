@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -22,11 +23,13 @@ from isogrid.report import (
     format_gap,
     format_keep,
     format_milliseconds,
+    format_quality,
     read_json,
     replace_file,
     today,
     write_json,
 )
+from isogrid.studies.subjects import figure_of
 
 Say = Callable[[str], None]
 # What tables of layers and their pictures read: rows are many, and their layers more.
@@ -71,14 +74,23 @@ def remembered(
         settings: what the row depends on; another value, or other code behind it, makes the row anew.
         make: measures the row.
     """
-    described = json.dumps([key, settings, _state_of_code()], sort_keys=True, default=str)
-    fingerprint = hashlib.sha256(described.encode()).hexdigest()[:12]
-    path = folder / f"{key}-{fingerprint}.json"
+    path = folder / f"{unmistakable(key, settings)}.json"
     if path.is_file():
         return read_json(path)
-    row = make()
+    return stored_row(folder, key, settings, make())
+
+
+def stored_row(folder: Path, key: str, settings: Mapping[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A row, put where `remembered` finds it, as it then reads."""
+    path = folder / f"{unmistakable(key, settings)}.json"
     write_json(row, path)
     return read_json(path)
+
+
+def unmistakable(key: str, settings: Mapping[str, Any]) -> str:
+    """A row's key with a hash of all that it depends on: its settings and the code behind it."""
+    described = json.dumps([key, settings, _state_of_code()], sort_keys=True, default=str)
+    return f"{key}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
 
 def fingerprint(value: Any) -> str:
@@ -180,11 +192,15 @@ def page_of_compression(described: Mapping[str, Any], evaluated: Mapping[str, An
         evaluated: what `isogrid evaluate` kept there; None: the quality was not measured.
     """
     calibrated = described["calibration"] is not None
+    evaluated = evaluated or {}
+    quality, dense_quality, named = _quality(evaluated)
+    note = "Errors are relative output errors on the calibration data" if calibrated else PLAIN_ERRORS
     return {
         "title": f"{described['model']} as {described['label']}",
         "command": described["command"],
         "model": described["model"],
         "settings": {"calibration": described["calibration"] or "none: plain fits"},
+        **named,
         "dense": {
             "label": "dense",
             "format": "dense",
@@ -192,6 +208,7 @@ def page_of_compression(described: Mapping[str, Any], evaluated: Mapping[str, An
             "achieved_keep": 1.0,
             "parameters": described["dense_parameters"],
             "bytes": described["dense_model_bytes"],
+            **dense_quality,
         },
         "rows": [
             {
@@ -206,14 +223,23 @@ def page_of_compression(described: Mapping[str, Any], evaluated: Mapping[str, An
                 "peak_memory": described.get("peak_memory"),
                 "layers": described["layers"],
                 "warnings": described["warnings"],
+                **quality,
             }
         ],
-        "outcome": _outcome(described, evaluated or {}),
-        "notes": [
-            ("Errors are relative output errors on the calibration data" if calibrated else PLAIN_ERRORS)
-            + "; the model's quality was not measured: isogrid evaluate does."
-        ],
+        "outcome": _outcome(described, evaluated),
+        "notes": [f"{note}." if quality else f"{note}; the model's quality was not measured: isogrid evaluate does."],
     }
+
+
+def _quality(evaluated: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """What `isogrid evaluate` has measured, for the row, for the dense row, and what it is called; nothing without."""
+    if not evaluated:
+        return {}, {}, {}
+    key, value, better = figure_of(evaluated)
+    dense = f"dense_{key}"
+    row = {"quality": value} | ({"gap": evaluated["gap"]} if "gap" in evaluated else {})
+    before = {"quality": evaluated[dense]} if dense in evaluated else {}
+    return row, before, {"quality": {"name": key.replace("_", " "), "better": better}}
 
 
 def _outcome(described: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -236,6 +262,19 @@ def _outcome(described: Mapping[str, Any], evaluated: Mapping[str, Any]) -> list
         predicted = described.get("predicted_milliseconds")
         limit = described.get("limit_milliseconds")
         lines.append(line(f"a pass (dense {before:.4g} ms)", format_milliseconds, limit, predicted, now))
+    blocks = described.get("blocks") or ()
+    if blocks:
+        before, after = (statistics.median(block[key] for block in blocks) for key in ("before", "after"))
+        lines.append(line("median error of a refined block", _from_to, None, None, (before, after)))
+    distilled = described.get("distilled")
+    if distilled:
+        reached = distilled["before"], distilled["after"]
+        lines.append(line("distance from the dense model, distilled", _from_to, None, None, reached))
     if said or "gap" in evaluated:
         lines.append(line("gap", format_gap, None, said.get("gap"), evaluated.get("gap")))
     return lines
+
+
+def _from_to(values: tuple[float, float] | None) -> str:
+    """What training has brought."""
+    return " → ".join(format_quality(value) for value in values or (None,))
