@@ -83,6 +83,7 @@ def test_the_reported_error_is_the_measured_one():
     about = original[6](theirs) - original[6](theirs).mean(0)
     measured = float((difference.square().sum() / about.square().sum()).sqrt().detach())
     assert report.layers[3].error == pytest.approx(measured, rel=1e-3)
+    assert report.layers[3].known_error == pytest.approx(measured, rel=1e-4)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])

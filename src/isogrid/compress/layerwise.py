@@ -194,13 +194,16 @@ def fit_layer(
             shift += anchor * (widened(matrix) @ drift.shift.to(residual.device))
         new_bias = (widened(new_bias) + shift).to(new_bias)
     reached, upstream, least = fitted.error, 0.0, fitted.least_error
+    known = reached
     if drift is not None and seen is not None and cost_of_errors is not None:
         exact = {key: widened(value) if value.is_floating_point() else value for key, value in factors.items()}
         dense = fmt.dense(exact, out_features, in_features)
         # As fits count errors: damping is noise on both inputs alike, so the original outputs have it, too.
         ridge = cost_of_errors.matrix - cost_of_errors.moment
-        energy = seen.energy(matrix, centred=moves_bias) + _energy(matrix, ridge)
+        sampled = seen.energy(matrix, centred=moves_bias)
+        energy = sampled + _energy(matrix, ridge)
         distance = partial(output_distance, matrix, cross=cross, moment=cost_of_errors.matrix, energy=energy)
+        known = _relative(distance(dense, moment=cost_of_errors.moment, energy=sampled), sampled)
         reached, upstream = (_relative(distance(of), energy) for of in (dense, restoring))
         if fitted.lower_bound is not None:
             # The bound is a distance from the fit's target; the outputs' is counted from the one that restores them.
@@ -221,6 +224,7 @@ def fit_layer(
         parameters=layer.cost().parameters,
         dense_parameters=out_features * in_features,
         error=reached,
+        known_error=known,
         held_error=held_error,
         least_error=least,
         upstream=upstream,

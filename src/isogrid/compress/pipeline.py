@@ -328,12 +328,12 @@ def _warnings(report: CompressionReport) -> list[str]:
             f"{len(few)} layers have fewer calibration rows than inputs, the worst {worst.name!r} ({worst.rows} "
             f"rows for {worst.in_features} inputs): these fits follow the sample; give 8 times as many"
         )
-    learnt = [one for one in report.layers if one.held_error is not None and one.held_error > OVERFITTED * one.error]
-    learnt = [one for one in learnt if (one.held_error or 0) > one.error + 0.02]
+    judged = [(one, one.held_error) for one in report.layers if one.held_error is not None]
+    learnt = [(one, held) for one, held in judged if held > max(OVERFITTED * one.known_error, one.known_error + 0.02)]
     if learnt and not few:
-        worst = max(learnt, key=lambda one: (one.held_error or 0) - one.error)
+        worst, error = max(learnt, key=lambda one: one[1] - one[0].known_error)
         out.append(
             f"{len(learnt)} layers fit their calibration rows much better than held-out ones, the worst {worst.name!r} "
-            f"({worst.error:.3f} and {worst.held_error:.3f}): give more windows, or anchor=0"
+            f"({worst.known_error:.3f} and {error:.3f}): give more windows, or anchor=0"
         )
     return out

@@ -28,8 +28,9 @@ class LayerReport:
         dense_parameters: out · in.
         error: relative output error on the calibration rows, damped as for the fit: of the matrix on the inputs that it
             gets now or, anchored, against the original model's outputs. The relative Frobenius error of a plain fit.
-        held_error: the same on calibration rows that the fit didn't know; far above ``error``, the fit follows its
-            sample. None where no rows were held out.
+        known_error: the same without the damping of anchored fits, just as it is on the rows that the fit knew.
+        held_error: the same on calibration rows that the fit didn't know; far above ``known_error``, the fit follows
+            its sample. None where no rows were held out.
         upstream: the part of the error that the layers before have caused and no matrix here can repair; known for
             anchored fits, else 0.
         least_error: no fit of this member can have a smaller error; None where no bound is known.
@@ -47,6 +48,7 @@ class LayerReport:
     parameters: int
     dense_parameters: int
     error: float
+    known_error: float
     held_error: float | None
     least_error: float | None
     upstream: float
@@ -66,6 +68,7 @@ class LayerReport:
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
             "error": self.error,
+            "known_error": self.known_error,
             "held_error": self.held_error,
             "least_error": self.least_error,
             "upstream": self.upstream,
