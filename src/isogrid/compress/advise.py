@@ -330,6 +330,7 @@ def _finest(plans: Sequence[Plan]) -> Plan:
     return min(plans, key=_rise)
 
 
+@torch.no_grad()
 def _token_loss(output: Any, batch: Any) -> float | None:
     """Next-token cross entropy of one batch of tokens with a score for each; None for others."""
     logits = getattr(output, "logits", None)
