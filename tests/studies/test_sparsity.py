@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from isogrid import IsogridError
+from isogrid import IsogridError, select_layers
+from isogrid.compress import count_parameters, dense_parameters
 from isogrid.formats import Armor, SemiStructured
 from isogrid.studies import sparsity
 from isogrid.studies.sparsity import AT_BYTES, METHODS, WRAPPED, bits_of, methods_of, planned, run_sparsity
@@ -47,6 +48,14 @@ def test_a_table_of_a_small_model(tmp_path, monkeypatch) -> None:
     result = run_sparsity(tmp_path / "out", methods=chosen, quick=True, say=lambda _: None)
     errors = {row["label"]: row["error"] for row in result["rows"]}
     assert errors["ARMOR, outputs' error"] < errors["Exact sweeps"] < errors["SparseGPT"] < errors["Magnitude"]
+    model = models.llama()
+    selected = dense_parameters(
+        {name: layer for name, layer in select_layers(model).items() if ".0." in name or ".1." in name}
+    )
+    whole = 2 * count_parameters(model)
+    assert result["dense"]["bytes"] == whole
+    for row in result["rows"]:  # numbers, masks and all at 16 bits, and so is what stands beside the layers
+        assert row["bytes"] == pytest.approx(whole - 2 * selected + row["bits"] * selected / 8, abs=1)
     again = run_sparsity(tmp_path / "out", methods=chosen, quick=True, say=lambda _: None)
     assert [row["seconds"] for row in again["rows"]] == [row["seconds"] for row in result["rows"]]
     assert "Bits an entry" in (tmp_path / "out" / "table.md").read_text()

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isogrid.compress import Moments, Plan, collect_moments, compress, dense_parameters, select_layers, stored_bytes
+from isogrid.compress import (
+    Moments,
+    Plan,
+    collect_moments,
+    compress,
+    count_parameters,
+    dense_parameters,
+    select_layers,
+    stored_bytes,
+)
 from isogrid.data import load_pretrained, load_text, token_windows
 from isogrid.errors import BudgetError, IsogridError
 from isogrid.evaluation import peak_memory_bytes, perplexity
@@ -198,13 +207,21 @@ def run_sparsity(
         found["peak_memory"] = peak_memory_bytes()
         return found
 
-    dense = remembered(runs, "dense", settings, dense_row)
+    entries = dense_parameters(layers)
+    outside = STORED.itemsize * (count_parameters(model) - entries)
+
+    def sized(of: Mapping[str, Any], bits: float) -> dict[str, Any]:
+        """A row whose bytes are those of 16-bit numbers, as its bits are."""
+        return {**of, "bytes": outside + round(bits * entries / 8)}
+
+    dense = sized(remembered(runs, "dense", settings, dense_row), 8 * STORED.itemsize)
     say(f"dense: perplexity {dense['quality']:.2f}, other domain {dense['other_quality']:.2f}")
     rows = []
     for method in chosen:
         described = settings | {"format": str(method.format), "options": dict(method.options)}
-        rows.append(remembered(runs, method.key, described, partial(row, method)))
-        last = rows[-1]
+        found = remembered(runs, method.key, described, partial(row, method))
+        last = sized(found, found["bits"])
+        rows.append(last)
         say(
             f"{method.label}, {last['bits']:.2f} bits: perplexity {last['quality']:.4g}, other domain "
             f"{last['other_quality']:.4g}, gap {last['gap']:.3f}, mean error {last['error']:.4f}, "
@@ -215,6 +232,7 @@ def run_sparsity(
         **heading(f"Sparse matrices on {model_name}", command, settings, model=model_name),
         "quality": {"name": "perplexity", "better": "lower"},
         "other_quality": {"name": "other domain"},
+        "size": "bytes",
         "dense": dense,
         "rows": rows,
         "notes": [*_sizes(rows), *_margins(rows), "Perplexities can't be compared with published ones."],
