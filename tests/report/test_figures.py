@@ -106,6 +106,9 @@ def test_no_two_lines_of_a_figure_look_the_same(data):
     data["rows"] = [row | {"label": f"method {index}", "format": name} for index, name in enumerate(names)]
     lines = [line for line in quality_against_size(data).axes[0].lines if line.get_label().startswith("method")]
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 24
+    data["rows"] = data["rows"][-6:]  # methods of one format: told apart by colours, and without colour by markers
+    methods = [line for line in quality_against_size(data).axes[0].lines if line.get_label().startswith("method")]
+    assert len({line.get_color() for line in methods}) == len({line.get_marker() for line in methods}) == 6
 
 
 def test_kinds_of_layers_are_told_apart():

@@ -28,6 +28,7 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 # A format that stands in no list gets one of these by its name, the same one in every figure.
 OTHER_COLORS = ("#882255", "#332288", "#999933", "#44AA99", "#AA4499", "#117733", "#661100")
+MORE_COLORS = (*OTHER_COLORS, "#0072B2", "#D55E00", "#009E73", "#E69F00")
 OTHER_MARKERS = ("h", "<", ">", "p", "d", "*", "8")
 
 
@@ -61,14 +62,21 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
     for row in rows:
         groups.setdefault((str(row.get("format", row["label"])), bool(row.get("calibrated"))), []).append(row)
     result = []
+    own_colors = {format_style(name)[0] for name, _ in groups}
     worn: dict[bool, set[tuple[str, str]]] = {True: set(), False: set()}  # filled and open markers
     for (name, calibrated), members in groups.items():
         keeps = [row.get("requested_keep") for row in members]
         labels = list(dict.fromkeys(row_name(row) for row in members))
         split = len(set(keeps)) < len(keeps)
         lines = [[row for row in members if row_name(row) == label] for label in labels] if split else [members]
-        for line in lines:
-            color, marker = _free(*format_style(name), worn[calibrated])
+        for index, line in enumerate(lines):
+            color, marker = format_style(name)
+            if index:  # another method of the format: a colour that no format of the figure has, and a marker
+                color = next((other for other in MORE_COLORS if other not in own_colors), color)
+                first = OTHER_MARKERS.index(marker) if marker in OTHER_MARKERS else 0
+                marker = OTHER_MARKERS[(first - index) % len(OTHER_MARKERS)]
+                own_colors.add(color)
+            color, marker = _free(color, marker, worn[calibrated])
             worn[calibrated].add((color, marker))
             own = row_name(line[0])
             if not split and len(labels) > 1:  # the labels name the sizes too; the line is the format's
