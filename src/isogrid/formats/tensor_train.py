@@ -82,11 +82,17 @@ class TensorTrain(Format):
         rows = x.reshape(-1, in_features)
         if torch.compiler.is_compiling():
             return self._chain(cores, rows).view(*x.shape[:-1], out_features)
-        stages = self.components(out_features, in_features)
-        chain, whole = sum(stage.fan_in * stage.outputs for stage in stages), out_features * in_features
+        # From the cores themselves: finding how sizes are split takes longer than to multiply a row.
+        chain, widest, whole = 0, 0, out_features * in_features
+        done, rest = 1, in_features
+        for core in cores:
+            bond, m_k, n_k, after = core.shape
+            done, rest = done * m_k, rest // n_k
+            chain += bond * n_k * done * after * rest
+            widest = max(widest, done * after * rest)
         if len(rows) >= MANY_ROWS and len(rows) * (CHAIN_FACTOR * chain - whole) > _multiply_out_adds(cores):
             return (rows @ self.dense(factors, out_features, in_features).mT).view(*x.shape[:-1], out_features)
-        at_once = max(IN_CACHE // (x.itemsize * max(stage.outputs for stage in stages)), 1)
+        at_once = max(IN_CACHE // (x.itemsize * widest), 1)
         parts = [self._chain(cores, part) for part in rows.split(at_once)]
         return torch.cat(parts).view(*x.shape[:-1], out_features)
 
