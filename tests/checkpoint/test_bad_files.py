@@ -589,7 +589,7 @@ BESIDE = (
 def test_what_belongs_to_a_checkpoint_is_replaced_with_it(tmp_path):
     isogrid.save(small(), tmp_path / "model")
     for name in BESIDE:
-        (tmp_path / "model" / name).write_text("old")
+        (tmp_path / "model" / name).write_text('{"of": "old"}')
     isogrid.save(small(), tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
     model = models.llama()
@@ -654,22 +654,50 @@ def test_a_failing_save_leaves_the_earlier_checkpoint_and_nothing_else(earlier, 
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if earlier else [])
 
 
-def test_a_failing_exchange_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
-    """The moment between putting the old folder aside and the new one into its place."""
+@pytest.mark.parametrize("failing", [2, 3])
+def test_a_failing_exchange_leaves_the_earlier_checkpoint(failing, tmp_path, monkeypatch):
+    """Putting the old folder aside, and then the new one into its place."""
     isogrid.save(small(), tmp_path / "model")
     before = contents(tmp_path)
     rename, renames = Path.rename, []
 
-    def fail_second(self, target):
+    def fail(self, target):
         renames.append(self)
-        if len(renames) == 2:
+        if len(renames) == failing:
             raise OSError("no space left")
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "rename", fail_second)
+    monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no space left"):
         isogrid.save(models.shake(small(), 5), tmp_path / "model")
     assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_another_process_exchanging_the_same_folder_is_waited_out(moment, tmp_path, monkeypatch):
+    """It has put the old folder aside before we could, or its new one into the place that we had just emptied."""
+    place, calls = tmp_path / "model", []
+    isogrid.save(small(), place)
+    rename = Path.rename
+
+    def interfere(self, target):
+        calls.append(self)
+        if self == place and len(calls) == 2:
+            if moment == "before":
+                rename(place, tmp_path / "theirs")
+            else:
+                rename(place, target)
+                place.mkdir()
+                (place / "config.json").write_text('{"of": "theirs"}')
+                return target
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interfere)
+    write_folder(place, lambda to: (to / "config.json").write_text('{"of": "ours"}'))
+    assert (place / "config.json").read_text() == '{"of": "ours"}'
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == ({"model", "theirs"} if moment == "before" else {"model"})
 
 
 def test_readers_see_the_old_or_the_new_folder(tmp_path):

@@ -112,6 +112,13 @@ def test_feature_tensor_is_cut_by_rows():
     assert [batch.shape[0] for batch in as_batches(x)] == [ROWS_PER_BATCH, 5]
 
 
+def test_pictures_count_their_patches():
+    pictures = torch.zeros(40, 3, 128, 128)
+    assert [batch.shape[0] for batch in as_batches(pictures)] == [32, 8]
+    assert [batch.shape[0] for batch in as_batches(pictures[:20], training=True)] == [3] * 6 + [2]
+    assert as_batches(torch.zeros(3, 1, 8, 8))[0].shape[0] == 3
+
+
 def test_one_mapping_is_one_batch_and_iterators_are_read_once():
     batch = models.padded_batch()
     assert as_batches(batch)[0] is batch

@@ -6,6 +6,7 @@ Folders are written beside their place and renamed, so a reader never meets half
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import re
@@ -182,19 +183,37 @@ _exchanging = threading.Lock()
 
 
 def _exchange(fresh: Path, folder: Path) -> None:
-    if not folder.is_dir():
-        fresh.rename(folder)
-        return
-    # A name of its own: a process killed between the two renames leaves the only copy there.
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
-    folder.rename(aside / "old")
+    while not _renamed(fresh, folder):
+        # A name of its own: a process killed between the two renames leaves the only copy there.
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
+        try:
+            folder.rename(aside / "old")
+        except FileNotFoundError:  # another process has just put it aside
+            aside.rmdir()
+            continue
+        except BaseException:
+            aside.rmdir()
+            raise
+        try:
+            done = _renamed(fresh, folder)
+        except BaseException:
+            (aside / "old").rename(folder)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        if done:
+            return
+
+
+def _renamed(fresh: Path, folder: Path) -> bool:
+    """Rename a folder; False where there is one already."""
     try:
         fresh.rename(folder)
-    except BaseException:
-        (aside / "old").rename(folder)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def check_place(folder: Path) -> None:

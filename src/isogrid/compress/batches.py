@@ -16,6 +16,8 @@ from isogrid.errors import IsogridError
 ROWS_PER_BATCH = 2048
 # The same where models are trained: steps are taken, and batches held out, whole.
 ROWS_PER_STEP, LEAST_STEPS = 512, 8
+# Four dimensions with so many channels at most are pictures; models see them in patches of about so many pixels a side.
+MOST_COLOURS, PATCH = 4, 16
 
 
 def as_batches(
@@ -52,10 +54,7 @@ def as_batches(
     batches: list[Any]
     if isinstance(calibration, Tensor):
         rows = calibration.shape[0]
-        # Token windows count their tokens; images and sequences of features their rows, (…, width) each.
-        inner = calibration.shape[1:-1] if calibration.is_floating_point() else calibration.shape[1:]
-        per_row = inner.numel()
-        step = max(1, rows_per_batch // max(per_row, 1))
+        step = max(1, rows_per_batch // max(_rows_of_one(calibration), 1))
         step = min(step, -(-rows // least)) or 1
         batches = [calibration[i : i + step] for i in range(0, rows, step)]
     elif isinstance(calibration, Mapping):
@@ -98,6 +97,16 @@ def with_decoder(model: nn.Module, batch: Any) -> Any:
         if isinstance(found.get("attention_mask"), Tensor):
             found["decoder_attention_mask"] = found["attention_mask"]
     return found
+
+
+def _rows_of_one(calibration: Tensor) -> int:
+    """How many rows one item is to a model's layers: tokens, patches of a picture, or rows of features."""
+    inner = calibration.shape[1:]
+    if not calibration.is_floating_point():
+        return inner.numel()
+    if len(inner) == 3 and inner[0] <= MOST_COLOURS:
+        return inner[1] * inner[2] // PATCH**2
+    return inner[:-1].numel()
 
 
 def _required(tokenizer: Any) -> Any:

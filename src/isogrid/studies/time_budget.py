@@ -16,6 +16,7 @@ import torch
 from isogrid.compress import Milliseconds, compress, select_layers
 from isogrid.compress.milliseconds import TimedPrices
 from isogrid.data import load_pretrained
+from isogrid.errors import BudgetError
 from isogrid.studies.rows import Say, heading, remembered, table_page, write_table
 
 MODELS = {"smollm2-135m": 512, "minilm": 256}
@@ -45,12 +46,16 @@ def run_time_budget(
 
     Returns:
         The data of the table.
+
+    Raises:
+        BudgetError: a budget could not be reached; the other rows are measured and kept.
     """
     names = list(MODELS)[1:] if quick else list(MODELS)
     repeats = 5 if quick else 31
     say(f"{len(names) * len(FORMATS) * len(SHARES)} rows; about {1 if quick else 15} minutes on two cores")
     settings = {"repeats": repeats, "threads": torch.get_num_threads(), "seed": seed}
-    rows = []
+    rows: list[dict[str, Any]] = []
+    missed: list[str] = []
     for name in names:
         model: Any = None
         for fmt in FORMATS:
@@ -61,8 +66,20 @@ def run_time_budget(
                     model = model or load_pretrained(name)[0]
                     return _row(name, model, fmt, share, repeats, seed)
 
-                rows.append(remembered(Path("runs/study/time_budget"), f"{name}-{fmt}-{share:g}", settings, make))
+                key = f"{name}-{fmt}-{share:g}"
+                try:
+                    rows.append(remembered(Path("runs/study/time_budget"), key, settings, make))
+                except BudgetError as error:
+                    # The machine's pace changed between the two passes that the budget is made of.
+                    missed.append(key)
+                    say(f"{key}: {error}")
+                    continue
                 say(_line(rows[-1]))
+    if missed:
+        raise BudgetError(
+            f"no budget in milliseconds for {', '.join(missed)}: the machine's pace changed while it was measured; the "
+            "other rows are kept: give the command again with less running beside it"
+        )
     result = {**heading("Budgets in milliseconds: predicted and measured", command, settings), "rows": rows}
     return write_table(result, _markdown(result), out)
 
