@@ -109,6 +109,23 @@ def test_a_block_that_training_only_spoils_stays_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in block.state_dict().items())
 
 
+def test_steps_too_long_for_a_good_fit_become_shorter():
+    """Noisy gradients, and a start that is nearer to the best values than one step is long."""
+    best = torch.ones(200)
+    noise = torch.randn(8, 200, generator=models.generator(0))
+    value = nn.Parameter(best + 0.003 * torch.randn(200, generator=models.generator(1)))
+    settings = tuning.Tuning(steps=200, rows=1, rate=0.3, held_out=0.25)
+    found = tuning.tune(
+        [value],
+        range(8),
+        lambda place: (value - best - 0.003 * noise[place]).square().sum(),
+        lambda places: float((value.detach() - best).square().sum()),
+        settings,
+        rows=lambda _: 1,
+    )
+    assert found.after < 0.5 * found.before
+
+
 def test_early_stop():
     block = structured()
     report = refine_block("b", block, examples(block, noise=1.0), Refinement(steps=5000, rows=16, patience=2))

@@ -25,6 +25,9 @@ from isogrid.linear import StructuredLinear, is_linear
 # Steps that are timed before the steps of a budget in minutes are known.
 TIMED_STEPS = 3
 BETAS = (0.9, 0.999)
+# What is left of the learning rate after a look that showed no gain. Steps that a poor fit gains by are too long for a
+# good one, and how good a fit is nobody knows before the first look.
+SHORTER = 0.3
 T = TypeVar("T")
 
 
@@ -35,7 +38,8 @@ class Tuning:
     Attributes:
         minutes: all of it together, looks and all; None: all steps are taken.
         steps: of AdamW, at most.
-        rate: learning rate at its peak, relative to the root mean square of each tensor's entries (fitting theory 6).
+        rate: learning rate at its peak, relative to the root mean square of each tensor's entries (fitting theory 6);
+            less of it after each look without a gain.
         rows: tokens of a step; whole windows, one at least.
         held_out: share of the windows that is not trained on.
         look_every: steps between looks at the held-out windows.
@@ -105,6 +109,8 @@ def tune(
 ) -> Tuned:
     """Train parameters in place on some examples, judged by others.
 
+    A look that shows no gain takes them back to the best ones seen, and steps become shorter.
+
     Args:
         parameters: leaves, in float32.
         examples: two at least.
@@ -132,7 +138,7 @@ def tune(
     peaks = [rates[id(group["params"][0])] for group in optimizer.param_groups]
     per_step = max(1, round(settings.rows / max(rows(trained[0]), 1)), team.size)
     source = _endless(trained, order)
-    steps, step, kept, waited, marked = settings.steps, 0, 0, 0, before
+    steps, step, kept, waited, marked, share = settings.steps, 0, 0, 0, before, 1.0
     timed, each = time.perf_counter(), 0.0
 
     def too_late() -> bool:
@@ -146,7 +152,7 @@ def tune(
             affordable = max(int(left / (each + look / settings.look_every)), TIMED_STEPS)
             steps = min(steps, team.first(partial(int, affordable)))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * _schedule(step, steps)
+            group["lr"] = share * peak * _schedule(step, steps)
         optimizer.zero_grad(set_to_none=True)
         for example in team.share([next(source) for _ in range(per_step)]):
             (loss(example) / per_step).backward()
@@ -164,15 +170,22 @@ def tune(
             best, kept = now, step
             for good, value in zip(state, parameters, strict=True):
                 good.copy_(value.detach())
+        else:
+            share *= SHORTER
+            _set(parameters, state)
         waited = 0 if now < marked * (1 - settings.least_gain) else waited + 1
         marked = min(marked, now) if waited == 0 else marked
         if late or waited >= settings.patience or not math.isfinite(now):
             break
     optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for value, good in zip(parameters, state, strict=True):
-            value.copy_(good)
+    _set(parameters, state)
     return Tuned(before, best, step, kept, time.perf_counter() - begun)
+
+
+@torch.no_grad()
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
 
 
 def new_optimizer(parameters: Sequence[nn.Parameter], rate: float) -> torch.optim.Optimizer:
