@@ -72,15 +72,17 @@ def test_anchoring_brings_the_outputs_nearer(fmt, bias):
     assert errors[1.0] < errors[0.0]
 
 
-def test_the_reported_error_is_the_measured_one():
-    data = torch.randn(1024, 24, generator=torch.Generator().manual_seed(1), dtype=F64)
-    original, smaller = deep(True), deep(True)
-    report = compress(smaller, LowRank(), keep=0.4, calibration=[data], anchor=1.0)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("anchor", [0.25, 1.0])
+def test_the_reported_error_is_the_measured_one(anchor, bias):
+    data = 0.5 + torch.randn(1024, 24, generator=torch.Generator().manual_seed(1), dtype=F64)
+    original, smaller = deep(bias), deep(bias)
+    report = compress(smaller, LowRank(), keep=0.4, calibration=[data], anchor=anchor)
     ours, theirs = data, data
     for i in (0, 2, 4):
         ours, theirs = torch.tanh(smaller[i](ours)), torch.tanh(original[i](theirs))
     difference = smaller[6](ours) - original[6](theirs)
-    about = original[6](theirs) - original[6](theirs).mean(0)
+    about = original[6](theirs) - (original[6](theirs).mean(0) if bias else 0.0)
     measured = float((difference.square().sum() / about.square().sum()).sqrt().detach())
     assert report.layers[3].error == pytest.approx(measured, rel=1e-3)
     assert report.layers[3].known_error == pytest.approx(measured, rel=1e-4)

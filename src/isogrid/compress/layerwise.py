@@ -203,8 +203,11 @@ def fit_layer(
         sampled = seen.energy(matrix, centred=moves_bias)
         energy = sampled + _energy(matrix, ridge)
         distance = partial(output_distance, matrix, cross=cross, moment=cost_of_errors.matrix, energy=energy)
-        known = _relative(distance(dense, moment=cost_of_errors.moment, energy=sampled), sampled)
-        reached, upstream = (_relative(distance(of), energy) for of in (dense, restoring))
+        # Of the mean that the layers before have lost a bias restores as much as the anchor says.
+        mean = (1 - anchor) * (widened(matrix) @ drift.shift.to(dense.device)) if moves_bias else dense.new_zeros(())
+        lost_mean = float(mean.square().sum())
+        known = _relative(distance(dense, moment=cost_of_errors.moment, energy=sampled) + lost_mean, sampled)
+        reached, upstream = _relative(distance(dense) + lost_mean, energy), _relative(distance(restoring), energy)
         if fitted.lower_bound is not None:
             # The bound is a distance from the fit's target; the outputs' is counted from the one that restores them.
             aside = cost_of_errors.squared_norm(restoring - widened(target)) ** 0.5
