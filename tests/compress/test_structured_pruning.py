@@ -209,6 +209,21 @@ def test_the_report_says_what_the_pruned_model_does(how):
     assert {one.name: one.error for one in report.modules} == pytest.approx(measured, rel=1e-3, abs=1e-6)
 
 
+def test_another_way_to_prune_measures_nothing_anew(monkeypatch):
+    model, how = models.llama(), How(criterion="magnitude")
+    first, fresh = pruner(model), pruner(model, how=how)
+    before = first.choose(1.5, trials=2)
+    monkeypatch.setattr(pruner_module, "collect_moments", None)
+    other = first.otherwise(how)
+    for allocate in ("errors", "search"):
+        assert other.choose(1.5, allocate=allocate, trials=2) == fresh.choose(1.5, allocate=allocate, trials=2)
+    assert first.choose(1.5, trials=2) == before != other.choose(1.5, trials=2)
+    one, two = copy.deepcopy(model), copy.deepcopy(model)
+    other.apply(other.choose(1.5, allocate="errors"), 1.5, one)
+    fresh.apply(fresh.choose(1.5, allocate="errors"), 1.5, two)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+
+
 def test_channels_that_never_fire_go_first():
     model = models.gpt2()
     layer = model.transformer.h[0].mlp.c_fc

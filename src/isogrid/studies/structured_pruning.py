@@ -170,11 +170,11 @@ class _Study:
     @cached_property
     def pruner(self) -> Pruner:
         # One table of times for all rows.
-        return self._pruner(How())
+        return Pruner(self.loaded[0], self.data, **self.options)
 
     @cached_property
     def by_magnitude(self) -> Pruner:
-        return self._pruner(How(criterion="magnitude"), times=self.pruner.times, checks=self.pruner.checks)
+        return self.pruner.otherwise(How(criterion="magnitude"))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -197,9 +197,6 @@ class _Study:
         row = remembered(self.runs, key, self.settings, make)
         self.say(_line(row, self.figure))
         return row
-
-    def _pruner(self, how: How, **more: Any) -> Pruner:
-        return Pruner(self.loaded[0], self.data, how=how, **self.options, **more)
 
     def _dense_row(self) -> dict[str, Any]:
         model, tokenizer = self.loaded

@@ -7,6 +7,7 @@ all sizes, so that one pass gives a model for every speedup.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from isogrid.checkpoint import PrunedEntry, describe_pruned, mark_structured
 from isogrid.compress.batches import as_batches
-from isogrid.compress.calibrate import collect_moments, evaluation_mode, forward_calls
+from isogrid.compress.calibrate import Moments, collect_moments, evaluation_mode, forward_calls
 from isogrid.compress.distill import distance, rows_of
 from isogrid.compress.milliseconds import one_row
 from isogrid.compress.structured_pruning.orders import How, Ordered, order_modules
@@ -128,16 +129,26 @@ class Pruner:
         self.warnings = _few_rows(self.modules, moments.rows)
         for message in self.warnings:
             warnings.warn(message, IsogridWarning, stacklevel=2)
-        self.orders = order_modules(model, self.modules, moments, self.how)
+        self._order(moments)
+
+    def otherwise(self, how: How) -> Pruner:
+        """One that prunes the same model in another way: its data and times are this one's, and not measured again."""
+        other = copy.copy(self)
+        other.how = how
+        other._order(Moments({order.module.writer: order.metric for order in self.orders.values()}))
+        return other
+
+    def _order(self, moments: Moments) -> None:
+        self.orders = order_modules(self.model, self.modules, moments, self.how)
         # A model that was pruned before may only become smaller; modules that are gone stay so.
         self._curves = {
             name: {u: self.orders[name].error(u) for u in of if u <= self.modules[name].units}
             if name in self.modules
             else {self._whole[name]: 0.0}
-            for name, of in times.saved.items()
+            for name, of in self.times.saved.items()
         }
         self._probed: tuple[dict[str, dict[int, float]], int] | None = None
-        self._judge = Judge(model, self.orders, self.batches, JUDGED_TOKENS)
+        self._judge = Judge(self.model, self.orders, self.batches, JUDGED_TOKENS)
 
     def choose(self, speedup: float, *, allocate: str = "search", trials: int = 32) -> Found:
         """How many structures each module keeps.
