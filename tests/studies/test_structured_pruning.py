@@ -90,3 +90,18 @@ def test_rows_models_and_what_is_kept(small):
 def test_a_part_that_is_none(small):
     with pytest.raises(IsogridError, match="has the parts encoder; got 'both'"):
         run(small, part="both")
+
+
+def test_findings_compare_at_equal_measured_speed():
+    def row(label, measured, quality, **more):
+        return {"label": label, "latency_ratio": measured, "predicted_speedup": 1.5, "quality": quality, **more}
+
+    ours = [("1.25", 1.2, 40.0), ("1.5", 1.6, 90.0), ("2", 2.0, 200.0)]
+    rows = [row(f"ZipLM {name}×", at, value, reloaded=True) for name, at, value in ours]
+    rows += [row("Uniform widths, refitted 1.5×", 1.4, 79.0), row("Heads and channels by magnitude 1.5×", 2.1, 900.0)]
+    (said,) = [one for one in study._findings(rows, "perplexity") if "equal" in one]
+    # The geometric mean of 40 and 90, and nothing of a speed outside of what was measured.
+    assert said == (
+        "At equal measured speed, ZipLM interpolated between its own rows: 60 where Uniform widths, refitted stands at 79 "
+        "(1.40×)."
+    )

@@ -7,6 +7,8 @@ are medians of passes of the pruned and the dense model in turns, after the tabl
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +61,7 @@ class Part:
 
 PARTS = {
     "encoder": Part("minilm", "all-MiniLM-L6-v2", "sts:train", (128, 8), 8, 64, (4.0, 15.0), 10),
-    "decoder": Part("smollm2-135m", "SmolLM2-135M-Instruct", "wikitext2:calibration", (64, 8), 1, 256, (0.0, 15.0), 40),
+    "decoder": Part("smollm2-135m", "SmolLM2-135M-Instruct", "wikitext2:calibration", (64, 8), 1, 256, (0.0, 15.0), 60),
 }
 
 
@@ -312,6 +314,15 @@ def _findings(rows: Sequence[Mapping[str, Any]], figure: str) -> list[str]:
         f"At {BESIDE:g}×: {figure} {ours['quality']:.4g} beside {beside}.",
         f"Measured speeds are off the predicted ones by {off:.1%} at most.",
     ]
+    curve = [(row["latency_ratio"], row["quality"]) for row in rows if "reloaded" in row]
+    at_equal = [
+        f"{found:.4g} where {way.label} stands at {row['quality']:.4g} ({row['latency_ratio']:.2f}×)"
+        for way in OTHERS
+        if (row := by_label.get(f"{way.label} {BESIDE:g}×")) is not None
+        and (found := _between(curve, row["latency_ratio"], logarithmic=figure == "perplexity")) is not None
+    ]
+    if at_equal:
+        said.append(f"At equal measured speed, {OURS.label} interpolated between its own rows: {'; '.join(at_equal)}.")
     family = [row for row in rows if "reloaded" in row]
     same = sum(bool(row["reloaded"]) for row in family)
     said.append(f"{same} of {len(family)} models of one run were written, read again and gave the same numbers.")
@@ -324,6 +335,17 @@ def _findings(rows: Sequence[Mapping[str, Any]], figure: str) -> list[str]:
             f"many minutes of training, {one_shot['quality']:.4g} in one shot."
         )
     return said
+
+
+def _between(points: Sequence[tuple[float, float]], at: float, *, logarithmic: bool) -> float | None:
+    """The value between two measured points, or their logarithms'; None outside of them."""
+    for (low, before), (high, after) in itertools.pairwise(sorted(points)):
+        if low <= at <= high and high > low:
+            place = (at - low) / (high - low)
+            if logarithmic:
+                return math.exp((1 - place) * math.log(before) + place * math.log(after))
+            return (1 - place) * before + place * after
+    return None
 
 
 def _notes(study: _Study) -> list[str]:
