@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from isogrid.data import find_dataset
-from isogrid.data.lookup import DatasetNotFoundError
+from isogrid.data import DatasetNotFoundError, find_dataset
 from isogrid.errors import IsogridError
 from isogrid.studies import run_compressed_finetuning
 from isogrid.studies.compressed_finetuning import WAYS
